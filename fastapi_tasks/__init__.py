@@ -1,0 +1,67 @@
+"""Work that must not hold up a response: tasks for FastAPI.
+
+An endpoint takes ``tasks: Tasks`` and starts work now, after the endpoint has returned, or after
+the response; at shutdown a supervisor cancels what may be lost and waits for what must not be.
+"""
+
+from .app import add_tasks, get_supervisor
+from .bound import BoundTasks
+from .config import TaskConfig, task
+from .drain import DrainReport
+from .errors import (
+    AddTasksError,
+    FastAPITasksError,
+    FastAPITasksUninitializedAppError,
+    InvalidSettingError,
+    InvalidTaskError,
+    NoCurrentTaskError,
+    SupervisorStateError,
+    TaskCancelledError,
+    TaskNotFinishedError,
+    UninitializedReason,
+    UnsupportedFastAPIError,
+)
+from .observer import TaskEvent, TaskEventKind, TaskObserver
+from .routing import Tasks, TasksRoute, get_tasks
+from .scheduler import TasksBatch, TasksScheduler
+from .supervisor import Supervisor
+from .task import Task, TaskErrorHandler, TaskStatus, current_task
+
+__all__ = [
+    "AddTasksError",
+    "BoundTasks",
+    "DrainReport",
+    "FastAPITasksError",
+    "FastAPITasksUninitializedAppError",
+    "InvalidSettingError",
+    "InvalidTaskError",
+    "NoCurrentTaskError",
+    "Supervisor",
+    "SupervisorStateError",
+    "Task",
+    "TaskCancelledError",
+    "TaskConfig",
+    "TaskErrorHandler",
+    "TaskEvent",
+    "TaskEventKind",
+    "TaskNotFinishedError",
+    "TaskObserver",
+    "TaskStatus",
+    "Tasks",
+    "TasksBatch",
+    "TasksRoute",
+    "TasksScheduler",
+    "UninitializedReason",
+    "UnsupportedFastAPIError",
+    "add_tasks",
+    "current_task",
+    "get_supervisor",
+    "get_tasks",
+    "task",
+]
+
+# Whoever meets one of them in a traceback should find the name to import.
+for _name in __all__:
+    if getattr(globals()[_name], "__module__", "").startswith(f"{__name__}."):
+        globals()[_name].__module__ = __name__
+del _name

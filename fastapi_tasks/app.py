@@ -1,0 +1,212 @@
+"""``add_tasks``: what ties a supervisor to an app's lifespan and its requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .config import SupervisorSettings, TaskConfig
+from .connection import Connection, connect, connection_of
+from .errors import AddTasksError, FastAPITasksUninitializedAppError, UninitializedReason
+from .observer import TaskObserver, logger
+from .routing import TasksRoute
+from .scheduler import current_scheduler
+from .supervisor import Supervisor
+from .task import find_current_task, owner_of
+
+__all__ = ["add_tasks", "get_supervisor"]
+
+_STATE = "fastapi_tasks_supervisor"
+
+
+def add_tasks(
+    app: FastAPI,
+    *,
+    config: TaskConfig | None = None,
+    observers: Sequence[TaskObserver] = (),
+    grace: float = 0.0,
+    shutdown_timeout: float | None = None,
+    threads: int = 40,
+) -> None:
+    r"""Let an app's endpoints take ``tasks: Tasks``.
+
+    The app gets a supervisor, which starts before the app's own start-up and is drained before
+    its own shutdown, and routes that are declared on the app from now on are
+    :class:`TasksRoute`\\ s. It may be called before or after routes, routers, middlewares and
+    lifespans are added, but not once the app is being served. A second call with the same
+    arguments does nothing.
+
+    An app that is mounted in another one that has tasks too, is served by that one's supervisor:
+    of its own arguments, ``config`` counts, over the outer one's.
+
+    :param app: the app
+    :param config: the configuration of every task whose function or call does not say otherwise
+    :param observers: functions that are told what happens, after the log
+    :param grace: seconds that the shutdown leaves all tasks to end by themselves, before it
+        cancels the unshielded ones; 0 by default
+    :param shutdown_timeout: seconds within which the tasks' shutdown is over, whatever still
+        runs; ``None``, the default: it waits for shielded tasks without end
+    :param threads: how many sync tasks run at once; 40 by default
+    :raises AddTasksError: it is no FastAPI app, it is being served, or it has been given tasks
+        with other arguments
+    :raises InvalidSettingError: an argument has a value that it cannot have
+    """
+    given: object = app
+    if not isinstance(given, FastAPI):
+        raise AddTasksError(
+            f"expected a FastAPI app, got {type(given).__name__}",
+            instead="add_tasks(app)  # app = FastAPI()",
+        )
+    supervisor = Supervisor(
+        config=config,
+        observers=observers,
+        grace=grace,
+        shutdown_timeout=shutdown_timeout,
+        threads=threads,
+    )
+    known = _supervisor_of(app)
+    if known is not None:
+        if known.settings != supervisor.settings:
+            raise AddTasksError(
+                "it was called for this app before, with other arguments",
+                instead="one add_tasks(app, ...) with all of them",
+            )
+        return
+    try:
+        app.add_middleware(TasksMiddleware, supervisor=supervisor)
+    except RuntimeError:
+        raise AddTasksError(
+            "the app is being served already",
+            instead="add_tasks(app) where the app is made, right after app = FastAPI()",
+        ) from None
+    setattr(app.state, _STATE, supervisor)
+    app.router.route_class = _tasks_route_class(app.router.route_class)
+
+
+def get_supervisor(app: FastAPI | None = None) -> Supervisor:
+    """Return the supervisor of an app, on which tasks can be scheduled from anywhere.
+
+    :param app: the app; without one, that of the task or the request that the caller runs in
+    :raises FastAPITasksUninitializedAppError: the app has none, or without an app, the caller
+        runs neither in a task nor in a request that has taken ``Tasks``
+    """
+    if app is not None:
+        supervisor = _supervisor_of(app)
+        if supervisor is None:
+            raise FastAPITasksUninitializedAppError(UninitializedReason.NO_ADD_TASKS)
+        return supervisor
+    task = find_current_task()
+    if task is not None:
+        owner = owner_of(task)
+        assert isinstance(owner, Supervisor)
+        return owner
+    scheduler = current_scheduler()
+    if scheduler is None:
+        raise FastAPITasksUninitializedAppError(UninitializedReason.NO_CONTEXT)
+    return scheduler.supervisor
+
+
+class TasksMiddleware:
+    """Starts and drains the supervisor with the lifespan, and tells connections of their end.
+
+    :param app: the next ASGI application
+    :param supervisor: the app's
+    """
+
+    def __init__(self, app: ASGIApp, *, supervisor: Supervisor) -> None:
+        self._app = app
+        self._supervisor = supervisor
+        self._noted_mounted = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a scope, as ASGI says."""
+        if scope["type"] == "lifespan":
+            await self._serve_lifespan(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self._serve_websocket(scope, receive, send)
+        else:
+            await self._serve(scope, receive, send, self._open(scope))
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, connection: Connection
+    ) -> None:
+        async def sending(message: Message) -> None:
+            try:
+                await send(message)
+            except OSError:
+                # https://asgi.readthedocs.io/en/latest/specs/www.html#disconnected-client-send-exception
+                connection.client_gone = True
+                raise
+
+        try:
+            await self._app(scope, receive, sending)
+        finally:
+            connection.close()
+
+    async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = self._open(scope)
+
+        async def receiving() -> Message:
+            message = await receive()
+            if message["type"] == "websocket.disconnect":
+                connection.peer_left()
+            return message
+
+        await self._serve(scope, receiving, send, connection)
+
+    async def _serve_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        supervisor = self._supervisor
+
+        async def receiving() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await supervisor.start()
+            elif message["type"] == "lifespan.shutdown":
+                await supervisor.drain()
+            return message
+
+        async def sending(message: Message) -> None:
+            # After this message the server ends, and with it the loop that tasks need.
+            if message["type"] == "lifespan.startup.failed":
+                await supervisor.drain()
+            await send(message)
+
+        await self._app(scope, receiving, sending)
+
+    def _open(self, scope: Scope) -> Connection:
+        outer = connection_of(scope)
+        if outer is None:
+            connection = Connection(self._supervisor, self._supervisor.settings.config)
+        else:
+            self._note_mounted()
+            config = outer.config.merge(self._supervisor.settings.config)
+            connection = Connection(outer.supervisor, config)
+        connect(scope, connection)
+        return connection
+
+    def _note_mounted(self) -> None:
+        if self._noted_mounted:
+            return
+        self._noted_mounted = True
+        settings = self._supervisor.settings
+        if settings != SupervisorSettings(config=settings.config):
+            logger.warning(
+                "A mounted app's tasks are run by the outer app's supervisor: of the arguments "
+                "of its add_tasks(), only config counts. Move the others to the outer "
+                "add_tasks(app, ...)"
+            )
+
+
+def _supervisor_of(app: FastAPI) -> Supervisor | None:
+    return getattr(app.state, _STATE, None)
+
+
+def _tasks_route_class(route_class: type[APIRoute]) -> type[APIRoute]:
+    """Return the route class that does what the given one does, and is a :class:`TasksRoute`."""
+    if issubclass(route_class, TasksRoute):
+        return route_class
+    if route_class is APIRoute:
+        return TasksRoute
+    return type(f"Tasks{route_class.__name__}", (TasksRoute, route_class), {})

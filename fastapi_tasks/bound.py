@@ -1,0 +1,142 @@
+"""``schedule`` and ``task``: what everything that takes tasks has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
+
+from .config import RunIf, TaskConfig, as_config, policy_of
+from .errors import InvalidSettingError
+from .task import Task, TaskErrorHandler, TaskOwner
+
+__all__ = ["BoundTasks", "ConfiguredTasks", "ImmediateTasks", "TaskHome"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class TaskHome(TaskOwner, Protocol):
+    """Where tasks are made and run: the supervisor, as those know it that decide when."""
+
+    def create(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        config: TaskConfig,
+    ) -> Task:
+        """Make a task of a call, with the context variables of this moment."""
+        ...
+
+    def submit(self, task: Task) -> None:
+        """Start a task, from any thread."""
+        ...
+
+    def drop(self, task: Task, reason: str) -> None:
+        """Give up a task that has not begun, from any thread."""
+        ...
+
+
+class BoundTasks(ABC):
+    """Something that tasks can be scheduled on: the type for services that schedule.
+
+    The ``Tasks`` of a request, its ``after_route`` and ``after_response``, the supervisor, and
+    what ``.task(...)`` returns on each of them.
+    """
+
+    __slots__ = ("_config", "_home", "_inherited", "_own")
+
+    def __init__(self, home: TaskHome, inherited: TaskConfig, own: TaskConfig) -> None:
+        self._home = home
+        self._inherited = inherited
+        self._own = own
+        # The merged configuration of every function that has none of its own.
+        self._config = inherited.merge(own)
+
+    @abstractmethod
+    def _place(self, task: Task) -> None:
+        """See to it that the task starts at the right moment."""
+
+    @abstractmethod
+    def _check(self, config: TaskConfig) -> None:
+        """Refuse a configuration that makes no sense here."""
+
+    @overload
+    def schedule(
+        self, func: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Task[P, T]: ...
+    @overload
+    def schedule(
+        self, func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Task[P, T]: ...
+    def schedule(self, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Task[..., Any]:
+        """Schedule a call, and return at once; from the event loop or any thread.
+
+        :param func: the function: a coroutine function is awaited, any other runs in a thread
+        :param args: its positional arguments
+        :param kwargs: its keyword arguments
+        :return: the task
+        :raises InvalidTaskError: ``func`` cannot be run as a task
+        """
+        policy = policy_of(func)
+        config = (
+            self._config if policy is None else self._inherited.merge(policy).merge(self._own)
+        )
+        task = self._home.create(func, args, kwargs, config)
+        self._place(task)
+        return task
+
+    @overload
+    def task(self, config: TaskConfig, /) -> BoundTasks: ...
+    @overload
+    def task(
+        self,
+        *,
+        name: str | None = None,
+        shield: bool | None = None,
+        on_error: TaskErrorHandler | None = None,
+        run_if: RunIf | None = None,
+    ) -> BoundTasks: ...
+    def task(self, config: TaskConfig | None = None, /, **fields: Any) -> BoundTasks:
+        """Return the same place with a configuration for what is scheduled on it.
+
+        :param config: a whole configuration, or
+        :param fields: its fields, as :class:`TaskConfig` takes them
+        :raises InvalidSettingError: a field has a value of the wrong kind, or one that makes no
+            sense here: ``run_if`` where tasks start at once
+        """
+        own = as_config(config, fields)
+        self._check(own)
+        return ConfiguredTasks(self, own)
+
+
+class ImmediateTasks(BoundTasks):
+    """Where tasks start at once."""
+
+    __slots__ = ()
+
+    def _check(self, config: TaskConfig) -> None:
+        if config.run_if is not None:
+            raise InvalidSettingError(
+                "run_if",
+                config.run_if,
+                expected="no run_if, since a task that starts now cannot know how the request ends",
+                instead=f'tasks.after_response.task(run_if="{config.run_if}").schedule(...)',
+            )
+
+
+class ConfiguredTasks(BoundTasks):
+    """What ``.task(...)`` returns: another place, with a configuration of its own."""
+
+    __slots__ = ("_origin",)
+
+    def __init__(self, origin: BoundTasks, own: TaskConfig) -> None:
+        super().__init__(origin._home, origin._inherited, origin._own.merge(own))
+        self._origin = origin
+
+    def _place(self, task: Task) -> None:
+        self._origin._place(task)
+
+    def _check(self, config: TaskConfig) -> None:
+        self._origin._check(config)

@@ -1,0 +1,188 @@
+"""Everything that fastapi_tasks raises.
+
+::
+
+    FastAPITasksError
+    ├── FastAPITasksUninitializedAppError   nothing runs tasks for this app (yet, or any more)
+    ├── AddTasksError                       ``add_tasks`` was called in a way that cannot work
+    ├── InvalidSettingError                 a setting has a value that it cannot have (a ValueError)
+    ├── InvalidTaskError                    that cannot be run as a task (a TypeError)
+    ├── NoCurrentTaskError                  asked for the current task outside of one (a LookupError)
+    ├── SupervisorStateError                a supervisor was started or drained at the wrong time
+    ├── TaskCancelledError                  the result of a cancelled task was asked for
+    ├── TaskNotFinishedError                the result was asked for before there was one
+    └── UnsupportedFastAPIError             this FastAPI lacks what the package stands on
+
+Each class builds its message from data: what came, what was expected, what to write instead.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+__all__ = [
+    "AddTasksError",
+    "FastAPITasksError",
+    "FastAPITasksUninitializedAppError",
+    "InvalidSettingError",
+    "InvalidTaskError",
+    "NoCurrentTaskError",
+    "SupervisorStateError",
+    "TaskCancelledError",
+    "TaskNotFinishedError",
+    "UninitializedReason",
+    "UnsupportedFastAPIError",
+]
+
+
+class FastAPITasksError(Exception):
+    """The base of all errors of this package."""
+
+
+class UninitializedReason(Enum):
+    """Why nothing runs tasks for an app, as told by :exc:`FastAPITasksUninitializedAppError`."""
+
+    NO_ADD_TASKS = (
+        "Tasks cannot be scheduled: add_tasks() was never called for this app.\n"
+        "Add one line where the app is made:\n"
+        "    app = FastAPI()\n"
+        "    add_tasks(app)"
+    )
+    NOT_STARTED = (
+        "Tasks cannot be scheduled: add_tasks(app) was called, but the app's lifespan has not run,\n"
+        "and it is the lifespan that starts the supervisor. Where is the app served from?\n"
+        "  TestClient without a with block:  with TestClient(app) as client: ...\n"
+        "  ASGITransport on its own:         async with asgi_lifespan.LifespanManager(app): ...\n"
+        "  app.router.lifespan_context:      async with get_supervisor(app): ...  around it\n"
+        "  a sub-app that was mounted:       add_tasks(outer_app), its lifespan is the one that runs\n"
+        "  a server with lifespan off:       uvicorn --lifespan on"
+    )
+    STOPPED = (
+        "Tasks cannot be scheduled: the app's lifespan has ended and its supervisor has been\n"
+        "drained. Serve requests between start-up and shutdown only:\n"
+        "    with TestClient(app) as client: ...  # every request inside the block"
+    )
+    NO_CONTEXT = (
+        "get_supervisor() without an app works inside a request that takes Tasks, and inside a\n"
+        "task. Elsewhere, name the app:\n"
+        "    get_supervisor(app)"
+    )
+
+
+class FastAPITasksUninitializedAppError(FastAPITasksError, RuntimeError):
+    """Nothing runs tasks for this app: no ``add_tasks``, or its lifespan is not running.
+
+    :param reason: which of the two it is; its text says which line mends it
+    """
+
+    def __init__(self, reason: UninitializedReason) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+
+
+class AddTasksError(FastAPITasksError):
+    """``add_tasks`` was called in a way that cannot work.
+
+    :param problem: what is wrong
+    :param instead: the line to write instead
+    """
+
+    def __init__(self, problem: str, *, instead: str) -> None:
+        super().__init__(f"add_tasks: {problem}. Write instead: {instead}")
+
+
+class InvalidSettingError(FastAPITasksError, ValueError):
+    """A setting has a value that it cannot have.
+
+    :param setting: the name of the parameter
+    :param value: what came
+    :param expected: what was expected
+    :param instead: the line to write instead
+    """
+
+    def __init__(self, setting: str, value: object, *, expected: str, instead: str) -> None:
+        super().__init__(
+            f"{setting}={value!r}: expected {expected}, got {type(value).__name__}. "
+            f"Write for example: {instead}"
+        )
+        self.setting = setting
+
+
+class InvalidTaskError(FastAPITasksError, TypeError):
+    """What was given to ``schedule`` cannot be run as a task.
+
+    :param got: what came, described without its arguments
+    :param instead: the line to write instead
+    """
+
+    def __init__(self, got: str, *, instead: str) -> None:
+        super().__init__(
+            f"schedule() takes a function, and its arguments beside it; got {got}. "
+            f"Write instead: {instead}"
+        )
+
+
+class NoCurrentTaskError(FastAPITasksError, LookupError):
+    """:func:`~fastapi_tasks.current_task` was called outside of a task."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "current_task() works inside a task only, that is in a function that was handed to "
+            "schedule(). In an endpoint, keep what schedule() returned: "
+            "task = tasks.schedule(func)"
+        )
+
+
+class SupervisorStateError(FastAPITasksError, RuntimeError):
+    """A supervisor was started while it runs, or drained while it does not.
+
+    :param problem: what was tried, and in which state the supervisor is
+    """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"{problem}. A supervisor runs between start() and drain(), once at a time; "
+            "add_tasks(app) calls both with the app's lifespan. By hand: "
+            "async with Supervisor() as supervisor: ..."
+        )
+
+
+class TaskCancelledError(FastAPITasksError):
+    """A cancelled or dropped task has no result.
+
+    :param task: the task
+    """
+
+    def __init__(self, task: Any) -> None:
+        super().__init__(
+            f"{task.name} ({task.id}) was cancelled, it has no result. "
+            "Look at task.status before you ask for it."
+        )
+
+
+class TaskNotFinishedError(FastAPITasksError):
+    """The task has neither a result nor an error yet.
+
+    :param task: the task
+    """
+
+    def __init__(self, task: Any) -> None:
+        super().__init__(
+            f"{task.name} ({task.id}) is {task.status}, its result is not there yet. "
+            "Wait for it: await task.wait()"
+        )
+
+
+class UnsupportedFastAPIError(FastAPITasksError):
+    """This FastAPI does not offer what the package stands on.
+
+    :param missing: what was looked for
+    """
+
+    def __init__(self, missing: str) -> None:
+        super().__init__(
+            f"This version of FastAPI does not provide {missing}, which fastapi_tasks needs to "
+            "know when a route and its response are over. Install a supported one: "
+            "pip install 'fastapi>=0.128'"
+        )

@@ -1,0 +1,162 @@
+"""Who watches: the observer protocol with its one event, the fan-out that survives a bad
+observer, and the first observer of every supervisor, which keeps the log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from .drain import DrainReport
+    from .task import Task
+
+__all__ = ["Observers", "TaskEvent", "TaskEventKind", "TaskObserver", "describe", "logger"]
+
+logger = logging.getLogger("fastapi_tasks")
+
+
+class TaskEventKind(StrEnum):
+    """What a :class:`TaskEvent` tells of."""
+
+    SCHEDULED = "scheduled"
+    STARTED = "started"
+    FINISHED = "finished"
+    FAILED = "failed"
+    HANDLER_FAILED = "handler_failed"
+    CANCELLED = "cancelled"
+    DROPPED = "dropped"
+    DRAIN_STARTED = "drain_started"
+    DRAIN_CANCELLING = "drain_cancelling"
+    DRAIN_WAITING = "drain_waiting"
+    DRAIN_ABANDONING = "drain_abandoning"
+    DRAIN_FINISHED = "drain_finished"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEvent:
+    """Something that happened to a task, or to all of them."""
+
+    kind: TaskEventKind
+    """What happened."""
+    tasks: tuple[Task, ...] = ()
+    """Whom it happened to: one task, or in the steps of a drain all that the step is about."""
+    error: BaseException | None = None
+    """What the function or its error handler raised."""
+    reason: str = ""
+    """Why the task was cancelled or dropped."""
+    report: DrainReport | None = None
+    """What came of the drain, when it has finished."""
+
+    @property
+    def task(self) -> Task:
+        """The task, in an event about one."""
+        (task,) = self.tasks
+        return task
+
+
+class TaskObserver(Protocol):
+    """A function that is told what happens: ``add_tasks(app, observers=[observe])``.
+
+    It is called at once and must not block. It is called in the event loop's thread, but for the
+    events of tasks that are scheduled or dropped in another one, which come from there. What it
+    raises is logged and goes no further.
+    """
+
+    def __call__(self, event: TaskEvent, /) -> None:
+        """Take note of an event."""
+        ...
+
+
+class Observers:
+    """The observers of one supervisor, the log first."""
+
+    __slots__ = ("_observers", "_watched")
+
+    def __init__(self, observers: Sequence[TaskObserver]) -> None:
+        self._observers: tuple[TaskObserver, ...] = (keep_log, *observers)
+        self._watched = bool(observers)
+
+    @property
+    def watch_routine(self) -> bool:
+        """Whether anybody wants to hear of what happens to every task that goes well."""
+        return self._watched or logger.isEnabledFor(logging.DEBUG)
+
+    def tell(self, event: TaskEvent) -> None:
+        """Tell every observer of an event, whatever the others do."""
+        for observer in self._observers:
+            try:
+                observer(event)
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
+                _report_bad_observer(observer)
+
+
+def _report_bad_observer(observer: TaskObserver) -> None:
+    try:
+        logger.exception("The observer %r raised; the event goes on to the others", observer)
+    except Exception:
+        # It is the log that is broken, so there is nothing left but standard error.
+        traceback.print_exc(file=sys.stderr)
+
+
+def keep_log(event: TaskEvent) -> None:
+    """Write the records of this package: one for each event, none with an argument's value."""
+    match event.kind:
+        case TaskEventKind.FAILED:
+            _log_task(logging.ERROR, "Task %s failed in attempt %d", event, event.task.attempt)
+        case TaskEventKind.HANDLER_FAILED:
+            _log_task(logging.ERROR, "on_error of task %s failed", event)
+        case TaskEventKind.DROPPED:
+            _log_task(logging.WARNING, "Task %s was dropped: %s", event, event.reason)
+        case TaskEventKind.CANCELLED:
+            # One that comes with an error was not asked for by anybody.
+            level = logging.INFO if event.error is None else logging.WARNING
+            _log_task(level, "Task %s was cancelled: %s", event, event.reason)
+        case TaskEventKind.DRAIN_STARTED:
+            logger.info("Shutdown: draining %d tasks", len(event.tasks))
+        case TaskEventKind.DRAIN_CANCELLING:
+            logger.warning("Shutdown: cancelling %s", describe(event.tasks))
+        case TaskEventKind.DRAIN_WAITING:
+            logger.warning("Shutdown: still waiting for %s", describe(event.tasks))
+        case TaskEventKind.DRAIN_ABANDONING:
+            logger.warning(
+                "Shutdown: abandoning %s, which did not end in time", describe(event.tasks)
+            )
+        case TaskEventKind.DRAIN_FINISHED:
+            logger.info("Shutdown: drained, %s", event.report)
+        case TaskEventKind.SCHEDULED | TaskEventKind.STARTED | TaskEventKind.FINISHED:
+            _log_task(logging.DEBUG, f"Task %s {event.kind}", event)
+
+
+def _log_task(level: int, message: str, event: TaskEvent, *details: object) -> None:
+    if logger.isEnabledFor(level):
+        task = event.task
+        fields = {"task_name": task.name, "task_id": task.id, "task_attempt": task.attempt}
+        logger.log(
+            level, message, _label(task), *details, exc_info=event.error, extra=fields
+        )
+
+
+def _label(task: Task) -> str:
+    return f"{task.name} ({task.id})"
+
+
+def describe(tasks: Iterable[Task]) -> str:
+    """Name tasks for a log record that stays readable however many they are.
+
+    :param tasks: the tasks; those of one name are counted, a single one is given with its id
+    """
+    tasks = tuple(tasks)
+    counts = Counter(task.name for task in tasks)
+    ids = {task.name: task.id for task in tasks}
+    return ", ".join(
+        f"{name} x{count}" if count > 1 else f"{name} ({ids[name]})"
+        for name, count in counts.items()
+    )

@@ -1,0 +1,154 @@
+"""HOW one task runs.
+
+In this order: a sync function waits for a thread; the function runs; its end settles the task and
+is told to the observers, the log first; whoever waits for the task goes on; the error handler
+runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from .callables import is_async
+from .observer import Observers, TaskEvent, TaskEventKind
+from .spawn import Spawner
+from .task import Task, TaskStatus, begin, enter, is_over, leave, settle
+
+__all__ = ["BY_OTHERS", "Runner"]
+
+BY_OTHERS = "by a cancellation that did not come from its supervisor"
+"""The reason of a cancellation that nobody asked a supervisor for."""
+
+_SUCCEEDED = TaskStatus.SUCCEEDED
+
+
+class Runner:
+    """Runs tasks in one event loop.
+
+    :param spawner: the loop's
+    :param observers: who is told of it
+    :param threads: how many sync functions run at once
+    """
+
+    __slots__ = ("_observers", "_spawner", "_threads", "_unlimited")
+
+    def __init__(self, spawner: Spawner, observers: Observers, threads: int) -> None:
+        self._spawner = spawner
+        self._observers = observers
+        self._threads = anyio.CapacityLimiter(threads)
+        # anyio insists on a limiter too; ours comes before it, to know when the thread begins.
+        self._unlimited = anyio.CapacityLimiter(math.inf)
+
+    async def run(self, task: Task) -> None:
+        """Run a task to its end, error handler included; only ``KeyboardInterrupt`` escapes."""
+        if is_over(task):
+            return  # cancelled before its first step, which trio takes all the same
+        enter(task)
+        try:
+            if task.is_async:
+                self._begin(task)
+                result = await task.func(*task.args, **task.kwargs)
+            else:
+                call = functools.partial(task.func, *task.args, **task.kwargs)
+                result = await self._run_in_thread(task, call, self._begin)
+        except KeyboardInterrupt as error:
+            self._fail(task, error)
+            raise
+        except BaseException as error:
+            await self._end_with(task, error)
+        else:
+            settle(task, _SUCCEEDED, result=result)
+            if self._observers.watch_routine:
+                self._tell(TaskEventKind.FINISHED, task)
+
+    async def call(self, task: Task) -> Any:
+        """Run a task's function again, in the caller, and return what it returns."""
+        token = enter(task)
+        try:
+            if task.is_async:
+                return await task.func(*task.args, **task.kwargs)
+            return await self._run_in_thread(
+                task, functools.partial(task.func, *task.args, **task.kwargs)
+            )
+        finally:
+            leave(token)
+
+    def _begin(self, task: Task) -> None:
+        begin(task)
+        if self._observers.watch_routine:
+            self._tell(TaskEventKind.STARTED, task)
+
+    async def _run_in_thread(
+        self, task: Task, call: Callable[[], Any], on_start: Callable[[Task], None] | None = None
+    ) -> Any:
+        async with self._threads:
+            if on_start is not None:
+                on_start(task)
+            # From here on a cancellation is only noted. If it were delivered, the thread would
+            # go on without anybody who waits for it, and its place would be given away.
+            task.in_thread = True
+            try:
+                result = await anyio.to_thread.run_sync(call, limiter=self._unlimited)
+            finally:
+                task.in_thread = False
+        if not inspect.isawaitable(result):
+            return result
+        if task.cancel_reason:
+            self._spawner.cancel(task.handle)  # now it can be delivered
+        return await result
+
+    async def _end_with(self, task: Task, error: BaseException) -> None:
+        if is_over(task):
+            return  # cancelled while it waited for a thread
+        if self._is_cancellation(error):
+            settle(task, TaskStatus.CANCELLED)
+            if task.cancel_reason:
+                self._tell(TaskEventKind.CANCELLED, task, reason=task.cancel_reason)
+            else:
+                self._tell(TaskEventKind.CANCELLED, task, error=error, reason=BY_OTHERS)
+            return
+        somebody_waits = self._fail(task, error)
+        handler = task.config.on_error
+        if handler is None or not isinstance(error, Exception):
+            return
+        try:
+            if somebody_waits:
+                await self._spawner.turn()
+            if is_async(handler):
+                # pyright cannot know that an awaitable comes back.
+                await handler(task, error)  # type: ignore[misc]
+            else:
+                await self._run_in_thread(task, functools.partial(handler, task, error))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as failure:
+            self._tell(TaskEventKind.HANDLER_FAILED, task, error=failure)
+
+    def _fail(self, task: Task, error: BaseException) -> bool:
+        somebody_waits = settle(task, TaskStatus.FAILED, error=error)
+        self._tell(TaskEventKind.FAILED, task, error=error)
+        return somebody_waits
+
+    def _is_cancellation(self, error: BaseException) -> bool:
+        """Return whether an error is a cancellation, or a group of nothing else."""
+        cancelled = self._spawner.cancelled
+        if isinstance(error, BaseExceptionGroup):
+            return error.split(cancelled)[1] is None
+        return isinstance(error, cancelled)
+
+    def _tell(
+        self,
+        kind: TaskEventKind,
+        task: Task,
+        *,
+        error: BaseException | None = None,
+        reason: str = "",
+    ) -> None:
+        self._observers.tell(TaskEvent(kind, (task,), error=error, reason=reason))

@@ -1,0 +1,147 @@
+"""WHEN tasks start: :class:`TasksScheduler`, one per request, and its two batches."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextvars import ContextVar, Token
+
+from .bound import BoundTasks, ImmediateTasks
+from .config import INHERIT_ALL, TaskConfig
+from .supervisor import Supervisor
+from .task import Task, is_over
+
+__all__ = [
+    "TasksBatch",
+    "TasksScheduler",
+    "current_scheduler",
+    "make_current",
+    "restore_current",
+]
+
+
+class TasksBatch(BoundTasks):
+    """Tasks that wait for a moment of the request: ``tasks.after_route``, ``.after_response``.
+
+    What is scheduled once the moment has passed starts at once.
+
+    :param supervisor: where the tasks run
+    :param inherited: the app's configuration
+    """
+
+    __slots__ = ("_failed", "_supervisor", "_waiting")
+
+    def __init__(self, supervisor: Supervisor, inherited: TaskConfig) -> None:
+        super().__init__(supervisor, inherited, INHERIT_ALL)
+        self._supervisor = supervisor
+        self._waiting: deque[Task] = deque()
+        self._failed: bool | None = None
+
+    def release(self, *, failed: bool) -> bool:
+        """Start the tasks that wait and whose ``run_if`` fits, and drop the others.
+
+        It may be called again and from any thread: each task starts once, and what the first
+        call says of the request stays true.
+
+        :param failed: whether the request went wrong
+        :return: whether any task was started
+        """
+        if self._failed is None:
+            self._failed = failed
+        started = False
+        while self._waiting:
+            try:
+                task = self._waiting.popleft()
+            except IndexError:
+                break  # another thread was faster
+            started |= self._start_or_drop(task, failed=self._failed)
+        return started
+
+    def _start_or_drop(self, task: Task, *, failed: bool) -> bool:
+        run_if = task.config.run_if or "success"
+        if run_if == "always" or (run_if == "error") is failed:
+            self._supervisor.submit(task)
+            return True
+        if not is_over(task):
+            outcome = "failed" if failed else "succeeded"
+            reason = f'the request {outcome}, and the task has run_if="{run_if}"'
+            self._supervisor.drop(task, reason)
+        return False
+
+    def _place(self, task: Task) -> None:
+        self._waiting.append(task)
+        # Looked at afterwards: a release in another thread sees the task, or this one sees it.
+        if self._failed is not None:
+            self.release(failed=self._failed)
+
+    def _check(self, config: TaskConfig) -> None:
+        return None
+
+
+class TasksScheduler(ImmediateTasks):
+    """The tasks of one request: what an endpoint's ``tasks: Tasks`` is.
+
+    Tasks scheduled on it start now, beside the endpoint.
+
+    :param supervisor: where the tasks run
+    :param config: the app's configuration; by default the supervisor's
+    """
+
+    __slots__ = ("_supervisor", "after_response", "after_route", "owes_turn")
+
+    def __init__(self, supervisor: Supervisor, config: TaskConfig | None = None) -> None:
+        inherited = supervisor.settings.config if config is None else config
+        super().__init__(supervisor, inherited, INHERIT_ALL)
+        self._supervisor = supervisor
+        self.after_route = TasksBatch(supervisor, inherited)
+        """Tasks scheduled on it start when the endpoint has returned, before its value is
+        serialized."""
+        self.after_response = TasksBatch(supervisor, inherited)
+        """Tasks scheduled on it start when the response is over: it was sent, or the client is
+        gone."""
+        self.owes_turn = False
+        """Whether tasks were started that have not had the event loop yet."""
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """Where the tasks run."""
+        return self._supervisor
+
+    def route_over(self, *, failed: bool) -> None:
+        """Release the tasks that wait for the endpoint.
+
+        :param failed: whether it raised
+        """
+        if self.after_route.release(failed=failed):
+            self.owes_turn = True
+
+    def response_over(self, *, failed: bool) -> None:
+        """Release the tasks that wait for the response, and those that wait for the endpoint.
+
+        :param failed: whether the request went wrong anywhere
+        """
+        self.after_route.release(failed=failed)
+        self.after_response.release(failed=failed)
+
+    def _place(self, task: Task) -> None:
+        self._supervisor.submit(task)
+        self.owes_turn = True
+
+
+_current: ContextVar[TasksScheduler | None] = ContextVar(
+    "fastapi_tasks_current_scheduler", default=None
+)
+
+
+def current_scheduler() -> TasksScheduler | None:
+    """Return the scheduler of the request that the caller serves, if that has taken one."""
+    return _current.get()
+
+
+def make_current(scheduler: TasksScheduler | None) -> Token[TasksScheduler | None]:
+    """Make a scheduler the current one of the calling context."""
+    return _current.set(scheduler)
+
+
+def restore_current(token: Token[TasksScheduler | None]) -> None:
+    """Take back what :func:`make_current` did."""
+    _current.reset(token)

@@ -1,0 +1,172 @@
+"""The cheapest correct way to start, cancel and give up a task, on asyncio and on trio.
+
+A task group would tie the tasks to one another and to the task that opened it, and costs several
+times as much. So on asyncio each task is a native ``asyncio.Task``, and on trio a system task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import trio
+
+__all__ = ["Handle", "Main", "Over", "Spawner", "current_spawner"]
+
+Main = Coroutine[Any, Any, None]
+"""What is spawned: a coroutine from which only ``KeyboardInterrupt`` escapes."""
+
+Handle = Any
+"""What tells a spawned task from the others; hashable."""
+
+Over = Callable[[Handle], object]
+"""Is called in the loop with the handle of each task that is over, whether it ever ran or not."""
+
+
+class Spawner(Protocol):
+    """How tasks are started in one running event loop."""
+
+    cancelled: type[BaseException]
+    """What the loop raises in a task that is cancelled."""
+
+    def spawn(self, main: Main, *, name: str, context: Context | None, over: Over) -> Handle:
+        """Start a task, which takes its first step when the loop is free, not before."""
+        ...
+
+    def cancel(self, handle: Handle) -> None:
+        """Cancel a task in the loop's own manner."""
+        ...
+
+    def abandon(self, handle: Handle) -> None:
+        """See to it that the end of the loop does not wait for the task, where that is possible."""
+        ...
+
+    def call_soon(self, func: Callable[..., object], *args: object) -> None:
+        """Call a function in the loop, from any thread.
+
+        :raises RuntimeError: the loop is closed
+        """
+        ...
+
+    def is_closed(self) -> bool:
+        """Return whether the loop can run nothing any more."""
+        ...
+
+    async def turn(self) -> None:
+        """Let every task that was spawned before run to its first await."""
+        ...
+
+    def turn_from_thread(self) -> None:
+        """Do the same from a worker thread, when it schedules and returns in this order."""
+        ...
+
+
+class AsyncioSpawner:
+    """Starts native tasks in the running asyncio loop, uvloop's included."""
+
+    cancelled: type[BaseException] = asyncio.CancelledError
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    def spawn(self, main: Main, *, name: str, context: Context | None, over: Over) -> Handle:
+        # Not loop.create_task: an eager task factory would run the first step at once.
+        task = asyncio.Task(main, loop=self._loop, name=name, context=context)
+        task.add_done_callback(over, context=context)
+        return task
+
+    def cancel(self, handle: Handle) -> None:
+        handle.cancel()
+
+    def abandon(self, handle: Handle) -> None:
+        # asyncio.run cancels and awaits all registered tasks at its end, and would never return.
+        # https://docs.python.org/3/library/asyncio-extending.html#task-lifetime-support
+        asyncio._unregister_task(handle)
+
+    def call_soon(self, func: Callable[..., object], *args: object) -> None:
+        self._loop.call_soon_threadsafe(func, *args)
+
+    def is_closed(self) -> bool:
+        return self._loop.is_closed()
+
+    async def turn(self) -> None:
+        await asyncio.sleep(0)
+
+    def turn_from_thread(self) -> None:
+        # The loop calls back in the order in which it was asked to: what the thread scheduled
+        # takes its first step before the thread's own return value arrives.
+        return None
+
+
+class TrioSpawner:
+    """Starts system tasks in the running trio loop."""
+
+    def __init__(self) -> None:
+        import trio
+
+        self.cancelled: type[BaseException] = trio.Cancelled
+        self._trio = trio
+        self._token = trio.lowlevel.current_trio_token()
+
+    def spawn(self, main: Main, *, name: str, context: Context | None, over: Over) -> Handle:
+        scope = self._trio.CancelScope()
+        self._trio.lowlevel.spawn_system_task(
+            self._run, scope, main, over, name=name, context=context
+        )
+        return scope
+
+    async def _run(self, scope: trio.CancelScope, main: Main, over: Over) -> None:
+        try:
+            with scope:
+                await main
+        except KeyboardInterrupt:
+            # What escapes from a system task ends trio.run with an internal error. The signal
+            # takes the way that it takes when it comes from outside: to the main task.
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            over(scope)
+
+    def cancel(self, handle: Handle) -> None:
+        handle.cancel()
+
+    def abandon(self, handle: Handle) -> None:
+        # trio.run cancels system tasks and waits for them: there is no way around it.
+        return None
+
+    def call_soon(self, func: Callable[..., object], *args: object) -> None:
+        self._token.run_sync_soon(func, *args)
+
+    def is_closed(self) -> bool:
+        try:
+            self._token.run_sync_soon(_nothing)
+        except self._trio.RunFinishedError:
+            return True
+        return False
+
+    async def turn(self) -> None:
+        # One batch of runnable tasks runs in any order: after the second all have run.
+        await self._trio.lowlevel.cancel_shielded_checkpoint()
+        await self._trio.lowlevel.cancel_shielded_checkpoint()
+
+    def turn_from_thread(self) -> None:
+        self._trio.from_thread.run(self.turn)
+
+
+def _nothing() -> None:
+    return None
+
+
+def current_spawner() -> Spawner:
+    """Return the spawner for the event loop that runs the caller.
+
+    :raises RuntimeError: no event loop runs the caller
+    """
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_task():
+        return TrioSpawner()
+    return AsyncioSpawner()

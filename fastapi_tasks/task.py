@@ -1,0 +1,301 @@
+"""One task: its data and its state.
+
+The functions at the end move a task from one state to the next. They belong to whoever runs
+tasks, not to whoever schedules them, which is why they are no methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextvars import Context, ContextVar, Token
+from enum import StrEnum
+from typing import Any, Generic, Protocol, TypeAlias, cast
+
+import anyio
+import anyio.lowlevel
+from typing_extensions import ParamSpec, TypeVar
+
+from .callables import qualified_name
+from .config import TaskConfig
+from .errors import NoCurrentTaskError, TaskCancelledError, TaskNotFinishedError
+
+__all__ = [
+    "Task",
+    "TaskErrorHandler",
+    "TaskOwner",
+    "TaskStatus",
+    "begin",
+    "current_task",
+    "enter",
+    "find_current_task",
+    "is_over",
+    "leave",
+    "owner_of",
+    "settle",
+]
+
+P = ParamSpec("P", default=...)
+T_co = TypeVar("T_co", covariant=True, default=Any)
+
+
+class TaskStatus(StrEnum):
+    """Where a task is in its life; each member equals its lower-case name as a string."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+# Read for every task, and a module's name is found faster than an enum's member.
+_PENDING = TaskStatus.PENDING
+_RUNNING = TaskStatus.RUNNING
+_CANCELLED = TaskStatus.CANCELLED
+
+
+class TaskOwner(Protocol):
+    """What a task needs from whoever runs it."""
+
+    def cancel(self, task: Task) -> bool:
+        """Ask for the task's cancellation; return ``False`` if it is over already."""
+        ...
+
+    async def call(self, task: Task) -> Any:
+        """Run the task's function again, in the caller, and return what it returns."""
+        ...
+
+
+class Task(Generic[P, T_co]):
+    """A function that was scheduled, and what has become of it.
+
+    Made by ``schedule``; never by hand.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_attempt",
+        "_error",
+        "_finished",
+        "_id",
+        "_owner",
+        "_result",
+        "_started",
+        "_status",
+        "args",
+        "cancel_reason",
+        "config",
+        "context",
+        "func",
+        "handle",
+        "in_thread",
+        "is_async",
+        "kwargs",
+    )
+
+    def __init__(
+        self,
+        owner: TaskOwner,
+        id: tuple[str, int],
+        func: Callable[P, Awaitable[T_co]] | Callable[P, T_co],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        config: TaskConfig,
+        context: Context,
+        *,
+        is_async: bool,
+    ) -> None:
+        self.func = func
+        """The function that was scheduled."""
+        self.args = args
+        """The positional arguments that it is called with."""
+        self.kwargs = kwargs
+        """The keyword arguments that it is called with."""
+        self.config = config
+        """The app's, the function's and the call's configuration, merged."""
+        self.context: Context | None = context
+        """The context variables at the moment of ``schedule``, until the task is over."""
+        self.is_async = is_async
+        """Whether the function is awaited; if not, it runs in a thread."""
+        self.in_thread = False
+        """Whether a thread runs the function just now, which nothing can cancel."""
+        self.cancel_reason = ""
+        """Why the task was asked to end, if it was; it may end otherwise all the same."""
+        self.handle: Any = None
+        """The event loop's own task that runs this one, while it does."""
+        self._owner = owner
+        self._id = id
+        self._status = _PENDING
+        self._attempt = 0
+        self._result: Any = None
+        self._error: BaseException | None = None
+        # Made when somebody looks: an event costs more than the rest of the task.
+        self._started: anyio.Event | None = None
+        self._finished: anyio.Event | None = None
+
+    @property
+    def id(self) -> str:
+        """What tells the task from every other one, in this process and elsewhere."""
+        run, number = self._id
+        return f"{run}-{number}"
+
+    @property
+    def name(self) -> str:
+        """The configured name, else the function's qualified name."""
+        return self.config.name or qualified_name(self.func)
+
+    @property
+    def status(self) -> TaskStatus:
+        """Pending, running, succeeded, failed or cancelled."""
+        return self._status
+
+    @property
+    def attempt(self) -> int:
+        """Which run of the function is the latest: 0 before the first one has begun."""
+        return self._attempt
+
+    @property
+    def started(self) -> anyio.Event:
+        """Is set when the function begins to run; never for a task that is dropped before."""
+        event = self._started
+        if event is None:
+            event = self._started = anyio.Event()
+            # After the assignment: the loop may begin the task between the two, in another
+            # thread, and then one of both sees what the other did.
+            if self._attempt:
+                event.set()
+        return event
+
+    def result(self) -> T_co:
+        """Return what the function returned.
+
+        :raises TaskNotFinishedError: the task is pending or running
+        :raises TaskCancelledError: the task was cancelled or dropped
+        :raises BaseException: what the function raised, if the task has failed
+        """
+        if not is_over(self):
+            raise TaskNotFinishedError(self)
+        if self._status is _CANCELLED:
+            raise TaskCancelledError(self)
+        if self._error is not None:
+            raise self._error
+        return cast(T_co, self._result)
+
+    def exception(self) -> BaseException | None:
+        """Return what the function raised, ``None`` if the task succeeded or was cancelled.
+
+        :raises TaskNotFinishedError: the task is pending or running
+        """
+        if not is_over(self):
+            raise TaskNotFinishedError(self)
+        return self._error
+
+    def cancel(self) -> bool:
+        """Ask for the task to be cancelled; from any thread.
+
+        A task that has not begun never begins. One that runs gets the event loop's own
+        cancellation at its next ``await``. A sync function that runs in a thread cannot be
+        cancelled: it goes on to its end, and the task then is what it became.
+
+        :return: ``False`` if the task was over already
+        """
+        return self._owner.cancel(self)
+
+    async def wait(self) -> T_co:
+        """Wait until the task is over, and return what the function returned.
+
+        A task that was cancelled or dropped is over too, and is no error here: the call then
+        returns ``None``. Where that makes a difference, look at :attr:`status`, or ask for
+        :meth:`result` after waiting, which raises for such a task.
+
+        :raises BaseException: what the function raised, if the task has failed
+        """
+        if is_over(self):
+            await anyio.lowlevel.checkpoint()
+        else:
+            if self._finished is None:
+                self._finished = anyio.Event()
+            await self._finished.wait()
+        if self._error is not None:
+            raise self._error
+        return cast(T_co, self._result)
+
+    async def __call__(self) -> T_co:
+        """Run the function again, here, with the same arguments, and return what it returns.
+
+        Made for error handlers. The task's status, its ``on_error`` and its other waiters are
+        left out of it; a sync function runs in a thread.
+
+        :raises BaseException: what the function raises
+        """
+        return cast(T_co, await self._owner.call(self))
+
+    def __repr__(self) -> str:
+        # Arguments are private: they do not belong in whatever prints a task.
+        return f"<Task {self.name} {self.id} {self._status}>"
+
+
+TaskErrorHandler: TypeAlias = Callable[[Task[..., Any], Exception], Awaitable[None] | None]
+"""What ``on_error`` takes: a function of the task and its error, sync or async."""
+
+_current: ContextVar[Task] = ContextVar("fastapi_tasks_current_task")
+
+
+def find_current_task() -> Task | None:
+    """Return the task that the caller runs in, or ``None``."""
+    return _current.get(None)
+
+
+def current_task() -> Task:
+    """Return the task that the caller runs in, also from a sync task's thread.
+
+    :raises NoCurrentTaskError: the caller runs in none
+    """
+    task = find_current_task()
+    if task is None:
+        raise NoCurrentTaskError
+    return task
+
+
+def owner_of(task: Task) -> TaskOwner:
+    """Return who runs a task."""
+    return task._owner
+
+
+def enter(task: Task) -> Token[Task]:
+    """Make a task the current one of the calling context."""
+    return _current.set(task)
+
+
+def leave(token: Token[Task]) -> None:
+    """Take back what :func:`enter` did."""
+    _current.reset(token)
+
+
+def begin(task: Task) -> None:
+    """Note that the function begins to run. In the loop's thread only."""
+    task._status = _RUNNING
+    task._attempt += 1
+    if task._started is not None:
+        task._started.set()
+
+
+def is_over(task: Task) -> bool:
+    """Return whether a task has succeeded, failed or was cancelled."""
+    return task._status is not _PENDING and task._status is not _RUNNING
+
+
+def settle(
+    task: Task, status: TaskStatus, *, result: object = None, error: BaseException | None = None
+) -> bool:
+    """Note that the task is over, and wake up whoever waits for it. In the loop's thread only.
+
+    :return: whether anybody was waiting
+    """
+    task._result = result
+    task._error = error
+    task._status = status
+    if task._finished is None:
+        return False
+    task._finished.set()
+    return True

@@ -1,0 +1,39 @@
+"""Event loops whose time passes when nothing else can happen, so that no test has to sleep."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from typing import Any
+
+import trio.testing
+
+
+class FakeClockLoop(asyncio.SelectorEventLoop):
+    """An asyncio loop that jumps to its next timer instead of waiting for it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        super().__init__(_JumpingSelector(self))
+
+    def time(self) -> float:
+        return self.now
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    def __init__(self, loop: FakeClockLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        ready = super().select(0)
+        if not ready and timeout is None:
+            return super().select(None)  # no timer at all: a thread will wake the loop up
+        if not ready and timeout is not None:
+            self._loop.now += max(timeout, 0)
+        return ready
+
+
+def fake_trio_clock() -> trio.testing.MockClock:
+    """Return a trio clock that jumps to its next deadline instead of waiting for it."""
+    return trio.testing.MockClock(autojump_threshold=0)

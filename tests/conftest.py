@@ -1,0 +1,35 @@
+"""What all tests share: every one of them that is async runs on each event loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .clocks import FakeClockLoop, fake_trio_clock
+from .recording import Observed
+
+Backend = tuple[str, dict[str, Any]]
+
+BACKENDS = [
+    pytest.param(("asyncio", {}), id="asyncio"),
+    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+    pytest.param(("trio", {}), id="trio"),
+]
+
+FAKE_CLOCKS: list[Any] = [
+    pytest.param(lambda: ("asyncio", {"loop_factory": FakeClockLoop}), id="asyncio-fake-clock"),
+    pytest.param(lambda: ("trio", {"clock": fake_trio_clock()}), id="trio-fake-clock"),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def anyio_backend(request: pytest.FixtureRequest) -> Backend:
+    """The event loop of an async test; modules about time put fake clocks in its place."""
+    return request.param
+
+
+@pytest.fixture
+def observed() -> Observed:
+    """An observer that keeps every event; give it to ``add_tasks`` or a supervisor."""
+    return Observed()

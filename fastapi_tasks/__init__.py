@@ -25,7 +25,7 @@ from .observer import TaskEvent, TaskEventKind, TaskObserver
 from .routing import Tasks, TasksRoute, get_tasks
 from .scheduler import TasksBatch, TasksScheduler
 from .supervisor import Supervisor
-from .task import Task, TaskErrorHandler, TaskStatus, current_task
+from .tasks import Task, TaskErrorHandler, TaskStatus, current_task
 
 __all__ = [
     "AddTasksError",
@@ -60,8 +60,13 @@ __all__ = [
     "task",
 ]
 
-# Whoever meets one of them in a traceback should find the name to import.
-for _name in __all__:
-    if getattr(globals()[_name], "__module__", "").startswith(f"{__name__}."):
-        globals()[_name].__module__ = __name__
-del _name
+
+def _show_public_module() -> None:
+    # Whoever meets one of the names in a traceback should find the one to import.
+    for name in __all__:
+        value = globals()[name]
+        if getattr(value, "__module__", "").startswith(f"{__name__}."):
+            value.__module__ = __name__
+
+
+_show_public_module()

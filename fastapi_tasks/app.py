@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,7 +15,7 @@ from .observer import TaskObserver, logger
 from .routing import TasksRoute
 from .scheduler import current_scheduler
 from .supervisor import Supervisor
-from .task import find_current_task, owner_of
+from .tasks import find_current_task, owner_of
 
 __all__ = ["add_tasks", "get_supervisor"]
 
@@ -53,12 +54,7 @@ def add_tasks(
         with other arguments
     :raises InvalidSettingError: an argument has a value that it cannot have
     """
-    given: object = app
-    if not isinstance(given, FastAPI):
-        raise AddTasksError(
-            f"expected a FastAPI app, got {type(given).__name__}",
-            instead="add_tasks(app)  # app = FastAPI()",
-        )
+    _require_fastapi(app)
     supervisor = Supervisor(
         config=config,
         observers=observers,
@@ -197,6 +193,14 @@ class TasksMiddleware:
                 "of its add_tasks(), only config counts. Move the others to the outer "
                 "add_tasks(app, ...)"
             )
+
+
+def _require_fastapi(app: object) -> None:
+    if not isinstance(app, FastAPI):
+        raise AddTasksError(
+            f"expected a FastAPI app, got {type(app).__name__}",
+            instead="add_tasks(app)  # app = FastAPI()",
+        )
 
 
 def _supervisor_of(app: FastAPI) -> Supervisor | None:

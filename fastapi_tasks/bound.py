@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 from .config import RunIf, TaskConfig, as_config, policy_of
 from .errors import InvalidSettingError
-from .task import Task, TaskErrorHandler, TaskOwner
+from .tasks import Task, TaskErrorHandler, TaskOwner
 
 __all__ = ["BoundTasks", "ConfiguredTasks", "ImmediateTasks", "TaskHome"]
 
@@ -70,7 +70,7 @@ class BoundTasks(ABC):
     def schedule(
         self, func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> Task[P, T]: ...
-    def schedule(self, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Task[..., Any]:
+    def schedule(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> Task:
         """Schedule a call, and return at once; from the event loop or any thread.
 
         :param func: the function: a coroutine function is awaited, any other runs in a thread
@@ -80,9 +80,7 @@ class BoundTasks(ABC):
         :raises InvalidTaskError: ``func`` cannot be run as a task
         """
         policy = policy_of(func)
-        config = (
-            self._config if policy is None else self._inherited.merge(policy).merge(self._own)
-        )
+        config = self._config if policy is None else self._inherited.merge(policy).merge(self._own)
         task = self._home.create(func, args, kwargs, config)
         self._place(task)
         return task
@@ -92,6 +90,7 @@ class BoundTasks(ABC):
     @overload
     def task(
         self,
+        /,
         *,
         name: str | None = None,
         shield: bool | None = None,

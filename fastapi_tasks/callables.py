@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import FunctionType
+from typing import Any
 
 from .errors import InvalidTaskError
 
@@ -76,8 +77,8 @@ def _impartial(func: Callable[..., object]) -> Callable[..., object]:
 
 def _called(func: Callable[..., object]) -> Callable[..., object]:
     """Return the function or method that a call ends in."""
-    func = _impartial(func)
-    return func if inspect.isclass(func) or inspect.isroutine(func) else func.__call__
+    target: Any = _impartial(func)
+    return target if inspect.isclass(target) or inspect.isroutine(target) else target.__call__
 
 
 def qualified_name(func: object) -> str:

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from .callables import is_generator
+from .callables import is_async, is_generator
 from .errors import InvalidSettingError, InvalidTaskError
 
 if TYPE_CHECKING:
     from .observer import TaskObserver
-    from .task import TaskErrorHandler
+    from .tasks import TaskErrorHandler
 
 __all__ = [
     "INHERIT_ALL",
@@ -59,27 +59,24 @@ class TaskConfig:
     def __post_init__(self) -> None:
         # Checked at run time too: most callers are not type-checked, and a wrong value would
         # otherwise be noticed at a shutdown, when it is too late.
-        name: object = self.name
-        if name is not None and not (isinstance(name, str) and name):
+        if self.name is not None and not _is_text(self.name):
             raise InvalidSettingError(
                 "name",
-                name,
+                self.name,
                 expected="a string that is not empty, or None",
                 instead='TaskConfig(name="send-receipt")',
             )
-        shield: object = self.shield
-        if shield is not None and not isinstance(shield, bool):
+        if self.shield is not None and not _is_bool(self.shield):
             raise InvalidSettingError(
                 "shield",
-                shield,
+                self.shield,
                 expected="True, False or None",
                 instead="TaskConfig(shield=True)",
             )
-        on_error: object = self.on_error
-        if on_error is not None and (not callable(on_error) or is_generator(on_error)):
+        if self.on_error is not None and not _is_function(self.on_error):
             raise InvalidSettingError(
                 "on_error",
-                on_error,
+                self.on_error,
                 expected="a function that takes the task and its error, or None",
                 instead="TaskConfig(on_error=alert)  # def alert(task: Task, error: Exception)",
             )
@@ -131,20 +128,19 @@ class SupervisorSettings:
     threads: int = 40
 
     def __post_init__(self) -> None:
-        config: object = self.config
-        if not isinstance(config, TaskConfig):
+        if not _is_config(self.config):
             raise InvalidSettingError(
                 "config",
-                config,
+                self.config,
                 expected="a TaskConfig or None",
                 instead="add_tasks(app, config=TaskConfig(on_error=alert))",
             )
         for observer in self.observers:
-            if not callable(observer):
+            if not _is_function(observer) or is_async(observer):
                 raise InvalidSettingError(
                     "observers",
                     observer,
-                    expected="functions that take a TaskEvent",
+                    expected="functions, not coroutine functions, that take a TaskEvent",
                     instead="add_tasks(app, observers=[count_failures])",
                 )
         if not _is_seconds(self.grace) or self.grace == math.inf:
@@ -162,14 +158,33 @@ class SupervisorSettings:
                 expected=f"seconds, more than 0 and not less than grace={self.grace}, or None",
                 instead="add_tasks(app, grace=10, shutdown_timeout=25)",
             )
-        threads: object = self.threads
-        if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+        if not _is_count(self.threads):
             raise InvalidSettingError(
                 "threads",
-                threads,
+                self.threads,
                 expected="a whole number, 1 or more",
                 instead="add_tasks(app, threads=40)",
             )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_function(value: object) -> bool:
+    return callable(value) and not is_generator(value)
+
+
+def _is_config(value: object) -> bool:
+    return isinstance(value, TaskConfig)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_seconds(value: object) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from contextvars import Token
 from types import TracebackType
-from typing import Any
+from typing import TypeAlias, cast
 
 import anyio
 from starlette.types import Scope
@@ -144,7 +144,10 @@ def connect(scope: Scope, connection: Connection) -> None:
     scope[_KEY] = connection
 
 
-def exit_stacks(scope: Scope) -> tuple[AsyncExitStack[Any], AsyncExitStack[Any]]:
+ExitStack: TypeAlias = "AsyncExitStack[bool | None]"
+
+
+def exit_stacks(scope: Scope) -> tuple[ExitStack, ExitStack]:
     """Return the request-scoped and the function-scoped exit stack of a FastAPI route.
 
     They are the one thing that the package takes from FastAPI without its documentation; they
@@ -153,9 +156,11 @@ def exit_stacks(scope: Scope) -> tuple[AsyncExitStack[Any], AsyncExitStack[Any]]
     :param scope: the scope of a request or WebSocket
     :raises UnsupportedFastAPIError: there are none
     """
-    request_stack = scope.get("fastapi_inner_astack")
-    function_stack = scope.get("fastapi_function_astack")
-    for stack, name in ((request_stack, "inner"), (function_stack, "function")):
-        if not isinstance(stack, AsyncExitStack):
-            raise UnsupportedFastAPIError(f'scope["fastapi_{name}_astack"]')
-    return request_stack, function_stack
+    return _stack(scope, "fastapi_inner_astack"), _stack(scope, "fastapi_function_astack")
+
+
+def _stack(scope: Scope, key: str) -> ExitStack:
+    stack = scope.get(key)
+    if not isinstance(stack, AsyncExitStack):
+        raise UnsupportedFastAPIError(f'scope["{key}"]')
+    return cast(ExitStack, stack)

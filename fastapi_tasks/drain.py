@@ -1,14 +1,21 @@
-"""The end of a supervisor as data: when it cancels and gives up whom, and what came of it."""
+"""How a supervisor ends: when it cancels and gives up whom, and what came of it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
+import anyio
 
-from .task import Task, TaskStatus
+from .live import LiveTasks
+from .observer import Observers, TaskEvent, TaskEventKind
+from .tasks import Task, TaskStatus
 
-__all__ = ["CLEANUP", "WARN_EVERY", "DrainLog", "DrainPlan", "DrainReport"]
+__all__ = ["Drain", "DrainPlan", "DrainReport"]
+
+_REASON = "the app is shutting down"
 
 CLEANUP = 5.0
 """Seconds that a cancelled task has to clean up, if the deadline leaves them."""
@@ -66,17 +73,67 @@ class DrainReport:
         )
 
 
-class DrainLog:
-    """The notes that a report is made from, while the drain goes on."""
+class Drain:
+    """One drain: sees tasks to their end, in the steps of its plan, and keeps count.
 
-    def __init__(self) -> None:
+    :param live: the tasks that are there
+    :param observers: who is told of each step
+    :param plan: when the steps are taken
+    :param on_last_call: is called when the shielded tasks are about to be cancelled
+    """
+
+    def __init__(
+        self,
+        live: LiveTasks,
+        observers: Observers,
+        plan: DrainPlan,
+        on_last_call: Callable[[], None],
+    ) -> None:
+        self._live = live
+        self._observers = observers
+        self._plan = plan
+        self._on_last_call = on_last_call
+        self._start = anyio.current_time()
         self._finished: list[Task] = []
         self._cancelled: list[Task] = []
         self._abandoned: list[Task] = []
         self._never_started: list[Task] = []
+        live.on_over = self.note_over
+
+    async def run(self) -> None:
+        """Take the steps, until no task is live."""
+        self._tell(TaskEventKind.DRAIN_STARTED, self._live.tasks())
+        plan = self._plan
+        steps: list[tuple[float, Callable[[], None]]] = [
+            (plan.cancel_unshielded, lambda: self._cancel(shielded=False)),
+            (plan.abandon_unshielded, lambda: self._abandon(shielded=False)),
+            (plan.cancel_shielded, self._last_call),
+            (plan.abandon_all, self._abandon),
+        ]
+        for seconds, step in sorted(steps, key=itemgetter(0)):
+            if await self._is_empty_before(self._start + seconds):
+                return
+            step()
+
+    def finish(self) -> DrainReport:
+        """Give up what is left, tell the observers, and return what became of the tasks.
+
+        Something is left only if the drain was cancelled, by a server that lost patience.
+        """
+        self._cancel()
+        self._abandon()
+        report = DrainReport(
+            tuple(self._finished),
+            tuple(self._cancelled),
+            tuple(self._abandoned),
+            tuple(self._never_started),
+            anyio.current_time() - self._start,
+        )
+        self._observers.tell(TaskEvent(TaskEventKind.DRAIN_FINISHED, report=report))
+        return report
 
     def note_over(self, task: Task) -> None:
-        """Note that a task is over."""
+        """Count a task that is over."""
         if task.status is not TaskStatus.CANCELLED:
             self._finished.append(task)
         elif task.attempt:
@@ -84,19 +141,36 @@ class DrainLog:
         else:
             self._never_started.append(task)
 
-    def note_abandoned(self, task: Task) -> None:
-        """Note that a task is not over, and is not waited for any longer."""
-        self._abandoned.append(task)
+    async def _is_empty_before(self, moment: float) -> bool:
+        """Wait for the live tasks until a moment, and say now and then for whom."""
+        warn_at = self._next_warning()
+        while warn_at < moment:
+            if await self._live.wait_until_empty(warn_at):
+                return True
+            self._tell(TaskEventKind.DRAIN_WAITING, self._live.tasks())
+            warn_at += WARN_EVERY
+        return await self._live.wait_until_empty(moment)
 
-    def report(self, duration: float) -> DrainReport:
-        """Return what was noted.
+    def _next_warning(self) -> float:
+        passed = anyio.current_time() - self._start
+        return self._start + (passed // WARN_EVERY + 1) * WARN_EVERY
 
-        :param duration: how long the drain took, in seconds
-        """
-        return DrainReport(
-            tuple(self._finished),
-            tuple(self._cancelled),
-            tuple(self._abandoned),
-            tuple(self._never_started),
-            duration,
-        )
+    def _last_call(self) -> None:
+        self._on_last_call()
+        self._cancel()
+
+    def _cancel(self, *, shielded: bool | None = None) -> None:
+        tasks = self._live.tasks(shielded=shielded)
+        if tasks:
+            self._tell(TaskEventKind.DRAIN_CANCELLING, tasks)
+            self._live.cancel(tasks, _REASON)
+
+    def _abandon(self, *, shielded: bool | None = None) -> None:
+        tasks = self._live.tasks(shielded=shielded)
+        if tasks:
+            self._tell(TaskEventKind.DRAIN_ABANDONING, tasks)
+            self._live.abandon(tasks)
+            self._abandoned.extend(tasks)
+
+    def _tell(self, kind: TaskEventKind, tasks: tuple[Task, ...]) -> None:
+        self._observers.tell(TaskEvent(kind, tasks))

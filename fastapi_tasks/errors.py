@@ -5,9 +5,9 @@
     FastAPITasksError
     ├── FastAPITasksUninitializedAppError   nothing runs tasks for this app (yet, or any more)
     ├── AddTasksError                       ``add_tasks`` was called in a way that cannot work
-    ├── InvalidSettingError                 a setting has a value that it cannot have (a ValueError)
+    ├── InvalidSettingError                 a setting cannot have that value (a ValueError)
     ├── InvalidTaskError                    that cannot be run as a task (a TypeError)
-    ├── NoCurrentTaskError                  asked for the current task outside of one (a LookupError)
+    ├── NoCurrentTaskError                  there is no current task here (a LookupError)
     ├── SupervisorStateError                a supervisor was started or drained at the wrong time
     ├── TaskCancelledError                  the result of a cancelled task was asked for
     ├── TaskNotFinishedError                the result was asked for before there was one
@@ -50,12 +50,12 @@ class UninitializedReason(Enum):
         "    add_tasks(app)"
     )
     NOT_STARTED = (
-        "Tasks cannot be scheduled: add_tasks(app) was called, but the app's lifespan has not run,\n"
-        "and it is the lifespan that starts the supervisor. Where is the app served from?\n"
+        "Tasks cannot be scheduled: add_tasks(app) was called, but the app's lifespan has\n"
+        "not run, and it is the lifespan that starts the supervisor. How is the app served?\n"
         "  TestClient without a with block:  with TestClient(app) as client: ...\n"
         "  ASGITransport on its own:         async with asgi_lifespan.LifespanManager(app): ...\n"
         "  app.router.lifespan_context:      async with get_supervisor(app): ...  around it\n"
-        "  a sub-app that was mounted:       add_tasks(outer_app), its lifespan is the one that runs\n"
+        "  mounted in another app:           add_tasks(outer_app), whose lifespan is the one run\n"
         "  a server with lifespan off:       uvicorn --lifespan on"
     )
     STOPPED = (

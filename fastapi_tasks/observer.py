@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from .drain import DrainReport
-    from .task import Task
+    from .tasks import Task
 
 __all__ = ["Observers", "TaskEvent", "TaskEventKind", "TaskObserver", "describe", "logger"]
 
@@ -139,9 +139,7 @@ def _log_task(level: int, message: str, event: TaskEvent, *details: object) -> N
     if logger.isEnabledFor(level):
         task = event.task
         fields = {"task_name": task.name, "task_id": task.id, "task_attempt": task.attempt}
-        logger.log(
-            level, message, _label(task), *details, exc_info=event.error, extra=fields
-        )
+        logger.log(level, message, _label(task), *details, exc_info=event.error, extra=fields)
 
 
 def _label(task: Task) -> str:

@@ -91,9 +91,11 @@ class TasksRoute(APIRoute):
 
         return handle
 
-    def handle(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
+    # Not async itself: every request would pay for one more coroutine.
+    def handle(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, scope: Scope, receive: Receive, send: Send
+    ) -> Coroutine[Any, Any, None]:
         """Handle a request that matched, with the user's own endpoint in the scope."""
-        # No coroutine of its own: every request would pay for one more frame.
         scope["endpoint"] = _original(self.endpoint)
         return super().handle(scope, receive, send)
 

@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.to_thread
@@ -19,7 +19,7 @@ import anyio.to_thread
 from .callables import is_async
 from .observer import Observers, TaskEvent, TaskEventKind
 from .spawn import Spawner
-from .task import Task, TaskStatus, begin, enter, is_over, leave, settle
+from .tasks import Task, TaskStatus, begin, enter, is_over, leave, settle
 
 __all__ = ["BY_OTHERS", "Runner"]
 
@@ -140,7 +140,8 @@ class Runner:
         """Return whether an error is a cancellation, or a group of nothing else."""
         cancelled = self._spawner.cancelled
         if isinstance(error, BaseExceptionGroup):
-            return error.split(cancelled)[1] is None
+            group = cast("BaseExceptionGroup[BaseException]", error)
+            return group.split(cancelled)[1] is None
         return isinstance(error, cancelled)
 
     def _tell(

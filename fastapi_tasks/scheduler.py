@@ -8,7 +8,7 @@ from contextvars import ContextVar, Token
 from .bound import BoundTasks, ImmediateTasks
 from .config import INHERIT_ALL, TaskConfig
 from .supervisor import Supervisor
-from .task import Task, is_over
+from .tasks import Task, is_over
 
 __all__ = [
     "TasksBatch",

@@ -10,32 +10,29 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from enum import Enum, auto
-from operator import itemgetter
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
 
-import anyio
-
 from .bound import ImmediateTasks
 from .callables import is_async
 from .config import INHERIT_ALL, SupervisorSettings, TaskConfig
-from .drain import WARN_EVERY, DrainLog, DrainPlan, DrainReport
+from .drain import Drain, DrainPlan, DrainReport
 from .errors import (
     FastAPITasksUninitializedAppError,
     SupervisorStateError,
     UninitializedReason,
 )
 from .inbox import Inbox
+from .live import LiveTasks, give_up
 from .observer import Observers, TaskEvent, TaskEventKind, TaskObserver
-from .runner import BY_OTHERS, Runner
-from .spawn import Handle, Spawner, current_spawner
-from .task import Task, TaskStatus, is_over, settle
+from .runner import Runner
+from .spawn import Spawner, current_spawner
+from .tasks import Task, is_over
 
 __all__ = ["Supervisor"]
 
 _BY_USER = "its cancel() was called"
-_BY_DRAIN = "the app is shutting down"
 _NOT_RUNNING = "its supervisor is not running; it does from the app's start-up to its shutdown"
 _LOST = "the event loop was closed before the app was shut down"
 
@@ -95,11 +92,11 @@ class Supervisor(ImmediateTasks):
         self._numbers = itertools.count(1)
         self._state = _State.NEW
         self._run_id = _new_run_id()
+        self._spawner: Spawner
         self._inbox = Inbox()
         self._thread: int | None = None
-        self._live: dict[Handle, Task] = {}
-        self._idle: anyio.Event | None = None
-        self._drain_log: DrainLog | None = None
+        self._live: LiveTasks | None = None
+        self._drain: Drain | None = None
 
     # Making and starting tasks
 
@@ -151,9 +148,9 @@ class Supervisor(ImmediateTasks):
         if is_over(task):
             return False
         if get_ident() == self._thread:
-            self._cancel(task, _BY_USER)
+            self._cancel_one(task)
         else:
-            self._in_loop(self._cancel, task, _BY_USER)
+            self._in_loop(self._cancel_one, task)
         return True
 
     async def call(self, task: Task) -> Any:
@@ -163,7 +160,7 @@ class Supervisor(ImmediateTasks):
     @property
     def running(self) -> tuple[Task, ...]:
         """The tasks that were started and are not over, the oldest first."""
-        return tuple(self._live.values())
+        return () if self._live is None else self._live.tasks()
 
     def require_running(self) -> None:
         """Do nothing while the supervisor takes tasks.
@@ -197,6 +194,7 @@ class Supervisor(ImmediateTasks):
         self._run_id = _new_run_id()
         self._spawner = current_spawner()
         self._runner = Runner(self._spawner, self._observers, self.settings.threads)
+        self._live = LiveTasks(self._spawner, self._runner, self._observers)
         self._thread = get_ident()
         self._state = _State.RUNNING
         self._inbox.open(self._spawner)
@@ -212,25 +210,18 @@ class Supervisor(ImmediateTasks):
         :return: what became of the tasks
         :raises SupervisorStateError: the supervisor is not running
         """
-        if self._state is not _State.RUNNING:
+        live = self._live
+        if self._state is not _State.RUNNING or live is None:
             raise SupervisorStateError("drain() was called while the supervisor is not running")
-        self._inbox.take()
+        self._inbox.take()  # what was scheduled before, is not to be dropped
         self._state = _State.DRAINING
-        start = anyio.current_time()
-        log = self._drain_log = DrainLog()
-        self._observers.tell(TaskEvent(TaskEventKind.DRAIN_STARTED, self.running))
+        plan = DrainPlan.of(self.settings.grace, self.settings.shutdown_timeout)
+        drain = self._drain = Drain(live, self._observers, plan, self._close)
         try:
-            await self._see_to_the_end(start)
+            await drain.run()
         finally:
-            # Something is left only if the drain was cancelled, by a server that lost patience.
-            self._cancel_live()
-            self._abandon_live()
-            self._state = _State.STOPPED
-            self._thread = None
-            self._inbox.close()
-            self._drain_log = None
-            report = log.report(anyio.current_time() - start)
-            self._observers.tell(TaskEvent(TaskEventKind.DRAIN_FINISHED, report=report))
+            self._stop()
+            report = drain.finish()
         return report
 
     async def __aenter__(self) -> Self:
@@ -260,132 +251,47 @@ class Supervisor(ImmediateTasks):
             return  # cancelled before its moment came
         state = self._state
         if state is _State.RUNNING or (state is _State.DRAINING and task.config.shielded):
-            self._spawn(task)
+            assert self._live is not None
+            try:
+                self._live.start(task)
+            except RuntimeError:
+                self._drop(task, _LOST)
         else:
             self._drop(task, _REFUSALS[state])
-
-    def _spawn(self, task: Task) -> None:
-        main = self._runner.run(task)
-        try:
-            handle = self._spawner.spawn(
-                main, name=task.name, context=task.context, over=self._over
-            )
-        except RuntimeError:
-            main.close()
-            self._drop(task, _LOST)
-            return
-        task.handle = handle
-        self._live[handle] = task
-
-    def _over(self, handle: Handle) -> None:
-        task = self._live.pop(handle, None)
-        if task is None:
-            return  # abandoned before
-        if not is_over(task):
-            # Somebody else cancelled it before its first step, which on asyncio then never comes.
-            self._settle_as_cancelled(task, TaskEventKind.CANCELLED, BY_OTHERS)
-        # The context refers to the task, and both would wait for the garbage collector.
-        task.handle = task.context = None
-        if self._drain_log is not None:
-            self._drain_log.note_over(task)
-        if self._idle is not None and not self._live:
-            self._idle.set()
 
     def _drop(self, task: Task, reason: str) -> None:
         if is_over(task):
             return  # cancelled before its moment came
-        self._settle_as_cancelled(task, TaskEventKind.DROPPED, reason)
+        give_up(task, TaskEventKind.DROPPED, reason, self._observers)
         task.context = None
-        if self._drain_log is not None:
-            self._drain_log.note_over(task)
+        if self._drain is not None:
+            self._drain.note_over(task)
 
-    def _settle_as_cancelled(self, task: Task, kind: TaskEventKind, reason: str) -> None:
-        settle(task, TaskStatus.CANCELLED)
-        self._observers.tell(TaskEvent(kind, (task,), reason=reason))
-
-    def _cancel(self, task: Task, reason: str) -> None:
-        if not is_over(task):
-            task.cancel_reason = reason
-            if task.status is TaskStatus.PENDING:
-                self._settle_as_cancelled(task, TaskEventKind.CANCELLED, reason)
-            self._cancel_handle(task)
-
-    def _cancel_handle(self, task: Task) -> None:
-        if task.handle is not None and not task.in_thread:
-            self._spawner.cancel(task.handle)
-
-    # The steps of a drain
-
-    async def _see_to_the_end(self, start: float) -> None:
-        plan = DrainPlan.of(self.settings.grace, self.settings.shutdown_timeout)
-        steps: list[tuple[float, Callable[[], None]]] = [
-            (plan.cancel_unshielded, lambda: self._cancel_live(shielded=False)),
-            (plan.abandon_unshielded, lambda: self._abandon_live(shielded=False)),
-            (plan.cancel_shielded, self._close),
-            (plan.abandon_all, self._abandon_live),
-        ]
-        self._warn_at = start + WARN_EVERY
-        for seconds, step in sorted(steps, key=itemgetter(0)):
-            if await self._idle_before(start + seconds):
-                return
-            step()
-
-    async def _idle_before(self, moment: float) -> bool:
-        """Wait until no task is live, or it is ``moment``; return whether none is."""
-        while self._live:
-            now = anyio.current_time()
-            if now >= self._warn_at:
-                self._observers.tell(TaskEvent(TaskEventKind.DRAIN_WAITING, self.running))
-                self._warn_at += WARN_EVERY
-            if now >= moment:
-                return False
-            self._idle = anyio.Event()
-            with anyio.move_on_after(min(moment, self._warn_at) - now):
-                await self._idle.wait()
-        return True
+    def _cancel_one(self, task: Task) -> None:
+        if is_over(task):
+            return  # it ended while another thread asked for this
+        if task.handle is None:
+            give_up(task, TaskEventKind.CANCELLED, _BY_USER, self._observers)
+        else:
+            assert self._live is not None
+            self._live.cancel((task,), _BY_USER)
 
     def _close(self) -> None:
         self._state = _State.CLOSING
-        self._cancel_live()
 
-    def _live_tasks(self, shielded: bool | None) -> list[Task]:
-        return [
-            task
-            for task in self._live.values()
-            if shielded is None or task.config.shielded is shielded
-        ]
-
-    def _cancel_live(self, shielded: bool | None = None) -> None:
-        tasks = self._live_tasks(shielded)
-        if not tasks:
-            return
-        self._observers.tell(TaskEvent(TaskEventKind.DRAIN_CANCELLING, tuple(tasks)))
-        for task in tasks:
-            if is_over(task):
-                self._cancel_handle(task)  # its error handler
-            else:
-                self._cancel(task, _BY_DRAIN)
-
-    def _abandon_live(self, shielded: bool | None = None) -> None:
-        tasks = self._live_tasks(shielded)
-        if not tasks:
-            return
-        self._observers.tell(TaskEvent(TaskEventKind.DRAIN_ABANDONING, tuple(tasks)))
-        for task in tasks:
-            del self._live[task.handle]
-            self._spawner.abandon(task.handle)
-            if self._drain_log is not None:
-                self._drain_log.note_abandoned(task)
-
-    def _lose_loop(self) -> None:
-        """Give up what ran in a loop that was closed before anybody drained the supervisor."""
+    def _stop(self) -> None:
         self._state = _State.STOPPED
         self._thread = None
         self._inbox.close()
-        lost, self._live = tuple(self._live.values()), {}
+        self._drain = None
+
+    def _lose_loop(self) -> None:
+        """Give up what ran in a loop that was closed before anybody drained the supervisor."""
+        lost = self.running
+        self._live = None
+        self._stop()
         for task in lost:
-            if not is_over(task):
-                self._settle_as_cancelled(task, TaskEventKind.DROPPED, _LOST)
+            self._drop(task, _LOST)
 
 
 def _new_run_id() -> str:

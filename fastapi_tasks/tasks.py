@@ -4,6 +4,9 @@ The functions at the end move a task from one state to the next. They belong to 
 tasks, not to whoever schedules them, which is why they are no methods.
 """
 
+# The functions at the end are the class's friends, which pyright does not know of.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable

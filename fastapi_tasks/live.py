@@ -1,0 +1,124 @@
+"""The tasks that a supervisor has started and that are not over: its running set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import anyio
+
+from .observer import Observers, TaskEvent, TaskEventKind
+from .runner import BY_OTHERS, Runner
+from .spawn import Handle, Spawner
+from .tasks import Task, TaskStatus, is_over, settle
+
+__all__ = ["LiveTasks", "give_up"]
+
+
+class LiveTasks:
+    """Starts tasks in one event loop, keeps them from being collected, and forgets them at once.
+
+    All of it happens in the loop's thread.
+
+    :param spawner: the loop's
+    :param runner: what runs each task
+    :param observers: who is told
+    """
+
+    def __init__(self, spawner: Spawner, runner: Runner, observers: Observers) -> None:
+        self._spawner = spawner
+        self._runner = runner
+        self._observers = observers
+        self._tasks: dict[Handle, Task] = {}
+        self._empty: anyio.Event | None = None
+        self.on_over: Callable[[Task], None] | None = None
+        """Is called with each task that is over, if anybody keeps count."""
+
+    def tasks(self, *, shielded: bool | None = None) -> tuple[Task, ...]:
+        """Return the tasks, the oldest first.
+
+        :param shielded: only those that are, or only those that are not
+        """
+        return tuple(
+            task
+            for task in self._tasks.values()
+            if shielded is None or task.config.shielded is shielded
+        )
+
+    def start(self, task: Task) -> None:
+        """Start a task.
+
+        :raises RuntimeError: the event loop is closed
+        """
+        main = self._runner.run(task)
+        try:
+            handle = self._spawner.spawn(
+                main, name=task.name, context=task.context, over=self._over
+            )
+        except RuntimeError:
+            main.close()
+            raise
+        task.handle = handle
+        self._tasks[handle] = task
+
+    def cancel(self, tasks: tuple[Task, ...], reason: str) -> None:
+        """Cancel tasks, error handlers included.
+
+        :param tasks: live ones
+        :param reason: why, for the record
+        """
+        for task in tasks:
+            if not is_over(task):
+                task.cancel_reason = reason
+                if task.status is TaskStatus.PENDING:
+                    give_up(task, TaskEventKind.CANCELLED, reason, self._observers)
+            if not task.in_thread:
+                self._spawner.cancel(task.handle)
+
+    def abandon(self, tasks: tuple[Task, ...]) -> None:
+        """Forget tasks that do not end.
+
+        :param tasks: live ones
+        """
+        for task in tasks:
+            del self._tasks[task.handle]
+            self._spawner.abandon(task.handle)
+
+    async def wait_until_empty(self, moment: float) -> bool:
+        """Wait until no task is live, or until a moment; return whether none is.
+
+        :param moment: on the event loop's clock, in seconds
+        """
+        while self._tasks:
+            left = moment - anyio.current_time()
+            if left <= 0:
+                return False
+            self._empty = anyio.Event()
+            with anyio.move_on_after(left):
+                await self._empty.wait()
+        return True
+
+    def _over(self, handle: Handle) -> None:
+        task = self._tasks.pop(handle, None)
+        if task is None:
+            return  # abandoned before
+        if not is_over(task):
+            # Somebody else cancelled it before its first step, which on asyncio then never comes.
+            give_up(task, TaskEventKind.CANCELLED, BY_OTHERS, self._observers)
+        # The context refers to the task, and both would wait for the garbage collector.
+        task.handle = task.context = None
+        if self.on_over is not None:
+            self.on_over(task)
+        if self._empty is not None and not self._tasks:
+            self._empty.set()
+
+
+def give_up(task: Task, kind: TaskEventKind, reason: str, observers: Observers) -> None:
+    """Settle a task that has not begun and never will.
+
+    :param task: a pending task
+    :param kind: whether it was cancelled or dropped
+    :param reason: why, for the record
+    :param observers: who is told
+    """
+    settle(task, TaskStatus.CANCELLED)
+    observers.tell(TaskEvent(kind, (task,), reason=reason))

@@ -120,10 +120,12 @@ class TasksMiddleware:
         """Serve a scope, as ASGI says."""
         if scope["type"] == "lifespan":
             await self._serve_lifespan(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._serve(scope, receive, send, self._open(scope))
         elif scope["type"] == "websocket":
             await self._serve_websocket(scope, receive, send)
         else:
-            await self._serve(scope, receive, send, self._open(scope))
+            await self._app(scope, receive, send)
 
     async def _serve(
         self, scope: Scope, receive: Receive, send: Send, connection: Connection
@@ -154,22 +156,38 @@ class TasksMiddleware:
 
     async def _serve_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         supervisor = self._supervisor
+        is_ours = False
+
+        async def drain() -> None:
+            if is_ours and supervisor.is_running:
+                await supervisor.drain()
 
         async def receiving() -> Message:
+            nonlocal is_ours
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await supervisor.start()
+                try:
+                    await supervisor.start()
+                except Exception as error:
+                    # Starlette lets it out as it is, and servers take that for an app without
+                    # a lifespan, which they serve all the same.
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    raise
+                is_ours = True
             elif message["type"] == "lifespan.shutdown":
-                await supervisor.drain()
+                await drain()
             return message
 
         async def sending(message: Message) -> None:
             # After this message the server ends, and with it the loop that tasks need.
             if message["type"] == "lifespan.startup.failed":
-                await supervisor.drain()
+                await drain()
             await send(message)
 
-        await self._app(scope, receiving, sending)
+        try:
+            await self._app(scope, receiving, sending)
+        finally:
+            await drain()  # the server gave up the lifespan without a word
 
     def _open(self, scope: Scope) -> Connection:
         outer = connection_of(scope)

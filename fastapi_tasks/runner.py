@@ -95,7 +95,9 @@ class Runner:
             # go on without anybody who waits for it, and its place would be given away.
             task.in_thread = True
             try:
-                result = await anyio.to_thread.run_sync(call, limiter=self._unlimited)
+                (result,) = await anyio.to_thread.run_sync(
+                    _call_and_box, call, limiter=self._unlimited
+                )
             finally:
                 task.in_thread = False
         if not inspect.isawaitable(result):
@@ -153,3 +155,8 @@ class Runner:
         reason: str = "",
     ) -> None:
         self._observers.tell(TaskEvent(kind, (task,), error=error, reason=reason))
+
+
+def _call_and_box(call: Callable[[], Any]) -> tuple[Any]:
+    # trio refuses a thread's result that is a coroutine, unless it is in something.
+    return (call(),)

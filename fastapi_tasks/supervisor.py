@@ -162,6 +162,11 @@ class Supervisor(ImmediateTasks):
         """The tasks that were started and are not over, the oldest first."""
         return () if self._live is None else self._live.tasks()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the supervisor takes every task: it was started, and no drain has begun."""
+        return self._state is _State.RUNNING
+
     def require_running(self) -> None:
         """Do nothing while the supervisor takes tasks.
 

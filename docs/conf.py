@@ -1,0 +1,45 @@
+"""How Sphinx builds the documentation."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version as installed_version
+from typing import ParamSpec, TypeVar
+
+import fastapi_tasks
+
+project = "fastapi-tasks"
+author = "the fastapi-tasks authors"
+copyright = f"2026, {author}"
+release = version = installed_version(project)
+
+extensions = ["sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+
+# Every name of ours must resolve; to resolve those of others would take the network.
+nitpick_ignore_regex = [
+    (
+        "py:.+",
+        r"(anyio|asyncio|collections|contextvars|fastapi|pydantic|starlette|trio|types|typing)\..+",
+    ),
+]
+nitpick_ignore = [("py:class", "Context")]
+
+html_theme = "furo"
+html_title = project
+
+for name, module in list(sys.modules.items()):
+    if name.partition(".")[0] != fastapi_tasks.__name__:
+        continue
+    for value in vars(module).values():
+        if isinstance(value, ParamSpec | TypeVar):
+            # A type variable has no entry of its own that its name could lead to.
+            nitpick_ignore.append(("py:class", value.__name__))
+            nitpick_ignore.append(("py:class", f"{value.__module__}.{value.__name__}"))
+        if isinstance(value, ParamSpec):
+            # Without it Sphinx writes "~P", which its own parser then trips over.
+            value.__qualname__ = value.__name__

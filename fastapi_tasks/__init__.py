@@ -4,6 +4,8 @@ An endpoint takes ``tasks: Tasks`` and starts work now, after the endpoint has r
 the response; at shutdown a supervisor cancels what may be lost and waits for what must not be.
 """
 
+from __future__ import annotations
+
 from .app import add_tasks, get_supervisor
 from .bound import BoundTasks
 from .config import TaskConfig, task

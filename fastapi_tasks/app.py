@@ -9,11 +9,10 @@ from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .config import SupervisorSettings, TaskConfig
-from .connection import Connection, connect, connection_of
+from .connection import Connection, connect, connection_of, current_connection
 from .errors import AddTasksError, FastAPITasksUninitializedAppError, UninitializedReason
 from .observer import TaskObserver, logger
 from .routing import TasksRoute
-from .scheduler import current_scheduler
 from .supervisor import Supervisor
 from .tasks import find_current_task, owner_of
 
@@ -98,10 +97,10 @@ def get_supervisor(app: FastAPI | None = None) -> Supervisor:
         owner = owner_of(task)
         assert isinstance(owner, Supervisor)
         return owner
-    scheduler = current_scheduler()
-    if scheduler is None:
+    connection = current_connection()
+    if connection is None:
         raise FastAPITasksUninitializedAppError(UninitializedReason.NO_CONTEXT)
-    return scheduler.supervisor
+    return connection.supervisor
 
 
 class TasksMiddleware:

@@ -6,21 +6,30 @@ route tells it what the endpoint did. Out of both it decides when the batches ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AsyncExitStack
-from contextvars import Token
+from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import anyio
+from fastapi.exceptions import ResponseValidationError
+from starlette.responses import Response
 from starlette.types import Scope
 from starlette.websockets import WebSocketDisconnect
 
 from .config import TaskConfig
 from .errors import UnsupportedFastAPIError
-from .scheduler import TasksScheduler, make_current, restore_current
+from .scheduler import TasksScheduler
 from .supervisor import Supervisor
 
-__all__ = ["Connection", "connection_of", "exit_stacks"]
+__all__ = [
+    "Connection",
+    "connect",
+    "connection_of",
+    "current_connection",
+    "leave_outer_connection",
+]
 
 _KEY = "fastapi_tasks"
 
@@ -37,7 +46,8 @@ class Connection:
         "_token",
         "client_gone",
         "config",
-        "is_exact",
+        "endpoint",
+        "response",
         "returned",
         "scheduler",
         "supervisor",
@@ -48,14 +58,16 @@ class Connection:
         self.config = config
         self.scheduler: TasksScheduler | None = None
         """The scheduler, once ``Tasks`` was taken."""
-        self.is_exact = False
-        """Whether a :class:`TasksRoute` serves the connection."""
+        self.endpoint: Callable[..., Any] | None = None
+        """The endpoint's wrapper, if a :class:`TasksRoute` serves the connection."""
         self.returned = False
-        """Whether the endpoint returned and its response could be made."""
+        """Whether the endpoint has returned."""
+        self.response: Response | None = None
+        """What it has returned, if that was a response: a copy, which may be changed."""
         self.client_gone = False
         """Whether the server refused to send, or said that the peer has disconnected."""
         self._failed = False
-        self._token: Token[TasksScheduler | None] | None = None
+        self._token: Token[Connection | None] | None = None
 
     def open_scheduler(self, scope: Scope) -> TasksScheduler:
         """Make the scheduler, and see to it that it hears of the end of the route.
@@ -66,15 +78,41 @@ class Connection:
         self.supervisor.require_running()
         request_stack, function_stack = exit_stacks(scope)
         scheduler = self.scheduler = TasksScheduler(self.supervisor, self.config)
-        self._token = make_current(scheduler)
-        request_stack.push(self._response_over)
-        if not self.is_exact:
-            function_stack.push(self._route_over)
+        self._token = _current.set(self)
+        request_stack.push(self._exit_request_stack)
+        if self.endpoint is None:
+            function_stack.push(self._exit_function_stack)
         return scheduler
 
-    def fail(self) -> None:
-        """Note that the route raised."""
-        self._failed = True
+    def endpoint_over(self, *, failed: bool) -> None:
+        """Release what waits for the endpoint, since it has returned or the route has raised.
+
+        :param failed: which of both
+        """
+        if failed:
+            self._failed = True
+        else:
+            self.returned = True
+        if self.scheduler is not None:
+            self.scheduler.route_over(failed=failed)
+
+    def response_over(self) -> None:
+        """Release what waits for the response, since it was sent."""
+        assert self.scheduler is not None
+        if self._went_well:
+            self.scheduler.response_over(failed=False)
+        else:
+            # An exception handler is yet to send the error's response, so what waits for that
+            # waits until the connection is closed.
+            self.scheduler.route_over(failed=True)
+
+    def takes_turn(self) -> bool:
+        """Return, once each time, whether tasks were started that have not had the loop yet."""
+        scheduler = self.scheduler
+        if scheduler is None or not scheduler.owes_turn:
+            return False
+        scheduler.owes_turn = False
+        return True
 
     def peer_left(self) -> None:
         """Release everything, since the WebSocket's peer has disconnected."""
@@ -85,38 +123,36 @@ class Connection:
     def close(self) -> None:
         """Release what is left, since the app is done with the connection."""
         if self.scheduler is not None:
-            self.scheduler.response_over(failed=self._failed)
+            self.scheduler.response_over(failed=not self._went_well)
 
-    def _route_over(
+    @property
+    def _went_well(self) -> bool:
+        return self.returned and not self._failed
+
+    def _exit_function_stack(
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Exit the function-scoped stack, on a route that is not ours."""
-        assert self.scheduler is not None
+        """Take the closing of the stack for the endpoint's end, on a route that is not ours."""
+        self.endpoint_over(
+            # Of all that can go wrong after the endpoint, it is the one that can be told apart.
+            failed=self._is_failure(exc) and not isinstance(exc, ResponseValidationError)
+        )
+
+    def _exit_request_stack(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Be the safety net under every way in which a response can end."""
+        assert self._token is not None
+        _current.reset(self._token)
         if self._is_failure(exc):
             self._failed = True
-        else:
-            self.returned = True
-        self.scheduler.route_over(failed=self._failed)
-
-    def _response_over(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Exit the request-scoped stack: the safety net under every way a response can end."""
-        assert self.scheduler is not None and self._token is not None
-        restore_current(self._token)
-        if self._failed or self._is_failure(exc):
-            self._failed = True
-            # The error's response is yet to be sent, by an exception handler: until the
-            # connection is closed, it is not over.
-            self.scheduler.route_over(failed=True)
-        else:
-            self.scheduler.response_over(failed=False)
+        self.response_over()
 
     def _is_failure(self, exc: BaseException | None) -> bool:
         if exc is None or self.client_gone or isinstance(exc, WebSocketDisconnect):
@@ -124,6 +160,24 @@ class Connection:
         # Whoever cancels a response that is being sent, takes nothing back of what the endpoint
         # has done: a middleware does so when its client has left.
         return not (self.returned and isinstance(exc, anyio.get_cancelled_exc_class()))
+
+
+_current: ContextVar[Connection | None] = ContextVar("fastapi_tasks_connection", default=None)
+
+
+def current_connection() -> Connection | None:
+    """Return the connection that the caller serves, if ``Tasks`` was taken in it."""
+    return _current.get()
+
+
+def leave_outer_connection(scope: Scope) -> None:
+    """Forget, until this connection is over, one from within which it was made.
+
+    :param scope: the scope of a request, which may have been sent from within another one
+    """
+    if _current.get() is not None:
+        request_stack, _ = exit_stacks(scope)
+        request_stack.callback(_current.reset, _current.set(None))
 
 
 def connection_of(scope: Scope) -> Connection | None:

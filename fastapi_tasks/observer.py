@@ -94,13 +94,15 @@ class Observers:
                 observer(event)
             except KeyboardInterrupt:
                 raise
-            except BaseException:
-                _report_bad_observer(observer)
+            except BaseException as error:
+                _report_bad_observer(observer, error)
 
 
-def _report_bad_observer(observer: TaskObserver) -> None:
+def _report_bad_observer(observer: TaskObserver, error: BaseException) -> None:
     try:
-        logger.exception("The observer %r raised; the event goes on to the others", observer)
+        logger.error(
+            "The observer %r raised; the event goes on to the others", observer, exc_info=error
+        )
     except Exception:
         # It is the log that is broken, so there is nothing left but standard error.
         traceback.print_exc(file=sys.stderr)

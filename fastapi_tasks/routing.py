@@ -8,26 +8,33 @@ import inspect
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, Request, Response
 from fastapi.exceptions import ValidationException
 from fastapi.routing import APIRoute
 from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.requests import HTTPConnection
+from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
-from .callables import is_coroutine_endpoint, is_generator_endpoint
-from .connection import Connection, connection_of, exit_stacks
+from .callables import is_coroutine_endpoint, is_generator_endpoint, qualified_name
+from .connection import (
+    Connection,
+    connection_of,
+    current_connection,
+    leave_outer_connection,
+)
 from .errors import FastAPITasksUninitializedAppError, UninitializedReason
 from .observer import logger
-from .scheduler import TasksScheduler, current_scheduler, make_current, restore_current
+from .scheduler import TasksScheduler
 
 __all__ = ["Tasks", "TasksRoute", "get_tasks"]
 
 _WRAPPER = "__fastapi_tasks_wrapper__"
 
-_noted: WeakKeyDictionary[FastAPI, set[str]] = WeakKeyDictionary()
+# Routes cannot be hashed, so they are known by their ids, as long as they live.
+_noted: WeakValueDictionary[int, BaseRoute] = WeakValueDictionary()
 
 
 async def get_tasks(connection: HTTPConnection) -> TasksScheduler:
@@ -46,7 +53,7 @@ async def get_tasks(connection: HTTPConnection) -> TasksScheduler:
         raise FastAPITasksUninitializedAppError(UninitializedReason.NO_ADD_TASKS)
     if served.scheduler is not None:
         return served.scheduler
-    if not served.is_exact:
+    if served.endpoint is None:
         _note_plain_route(scope)
     return served.open_scheduler(scope)
 
@@ -69,25 +76,24 @@ class TasksRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler, which knows when the response was made and when it is over."""
         handler = super().get_route_handler()
-        endpoint = _original(self.endpoint)
+        endpoint = self.endpoint
 
         async def handle(request: Request) -> Response:
-            if current_scheduler() is not None:
-                _leave_outer_request(request.scope)
+            leave_outer_connection(request.scope)
             connection = connection_of(request.scope)
             if connection is not None:
-                connection.is_exact = True
+                connection.endpoint = endpoint
             try:
                 response = await handler(request)
             except BaseException as error:
                 if connection is not None:
-                    connection.fail()
+                    connection.endpoint_over(failed=True)
                 if isinstance(error, ValidationException):
                     _name_users_file(error, endpoint)
                 raise
-            if connection is not None and connection.scheduler is not None:
-                await _response_made(connection, connection.scheduler, response)
-            return response
+            if connection is None or connection.scheduler is None:
+                return response
+            return await _release_after(response, connection)
 
         return handle
 
@@ -103,30 +109,38 @@ class TasksRoute(APIRoute):
 class _AfterResponse(BackgroundTasks):
     """Releases a request's tasks when its response was sent, before its background tasks run."""
 
-    def __init__(self, scheduler: TasksScheduler, then: BackgroundTask | None) -> None:
+    def __init__(self, connection: Connection, then: BackgroundTask | None) -> None:
         super().__init__(None if then is None else [then])
-        self._scheduler = scheduler
+        self._connection = connection
 
     async def __call__(self) -> None:
-        self._scheduler.response_over(failed=False)
-        await super().__call__()
+        self._connection.response_over()
+        if self.tasks:
+            await _give_turn(self._connection)
+            await super().__call__()
 
 
-async def _response_made(
-    connection: Connection, scheduler: TasksScheduler, response: Response
-) -> None:
-    connection.returned = True
-    # The endpoint's wrapper has done so, but a generator endpoint has none: it has returned when
-    # the generator is there.
-    scheduler.route_over(failed=False)
-    await _give_turn(scheduler)
-    response.background = _AfterResponse(scheduler, response.background)
+async def _release_after(response: Response, connection: Connection) -> Response:
+    """Return a response that releases the request's tasks when it was sent."""
+    if not _is_wrapper(connection.endpoint):
+        # The wrapper would have done so, but a generator endpoint has none: it has returned as
+        # soon as the generator is there.
+        connection.endpoint_over(failed=False)
+        await _give_turn(connection)
+    if response is not connection.response:
+        response = copy.copy(response)
+    response.background = _AfterResponse(connection, response.background)
+    return response
 
 
-async def _give_turn(scheduler: TasksScheduler) -> None:
-    if scheduler.owes_turn:
-        scheduler.owes_turn = False
-        await scheduler.supervisor.turn()
+async def _give_turn(connection: Connection) -> None:
+    if connection.takes_turn():
+        await connection.supervisor.turn()
+
+
+def _give_turn_from_thread(connection: Connection) -> None:
+    if connection.takes_turn():
+        connection.supervisor.turn_from_thread()
 
 
 def _wrapped(endpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,16 +162,17 @@ def _wrapped(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 def _wrapped_coroutine(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(endpoint)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        connection = _served_by(wrapper)
+        if connection is None:
+            return await endpoint(*args, **kwargs)
         try:
             result = await endpoint(*args, **kwargs)
         except BaseException:
-            _route_over(failed=True)
+            connection.endpoint_over(failed=True)
             raise
-        scheduler = _route_over(failed=False)
-        if scheduler is None:
-            return result
-        await _give_turn(scheduler)
-        return _own(result)
+        connection.endpoint_over(failed=False)
+        await _give_turn(connection)
+        return _own(result, connection)
 
     return wrapper
 
@@ -165,23 +180,32 @@ def _wrapped_coroutine(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 def _wrapped_function(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(endpoint)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        connection = _served_by(wrapper)
+        if connection is None:
+            return endpoint(*args, **kwargs)
         try:
             result = endpoint(*args, **kwargs)
         except BaseException:
-            _route_over(failed=True)
+            connection.endpoint_over(failed=True)
             raise
-        scheduler = _route_over(failed=False)
-        if scheduler is None:
-            return result
-        if scheduler.owes_turn:
-            scheduler.owes_turn = False
-            scheduler.supervisor.turn_from_thread()
-        return _own(result)
+        connection.endpoint_over(failed=False)
+        _give_turn_from_thread(connection)
+        return _own(result, connection)
 
     return wrapper
 
 
-def _is_wrapper(endpoint: Callable[..., Any]) -> bool:
+def _served_by(wrapper: Callable[..., Any]) -> Connection | None:
+    """Return the current connection if the wrapper's endpoint is its, and takes tasks.
+
+    A user's own wrapper may call ours; then it is the user's that decides when the endpoint has
+    returned.
+    """
+    connection = current_connection()
+    return connection if connection is not None and connection.endpoint is wrapper else None
+
+
+def _is_wrapper(endpoint: Callable[..., Any] | None) -> bool:
     return getattr(endpoint, _WRAPPER, None) is endpoint
 
 
@@ -189,25 +213,15 @@ def _original(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     return endpoint.__wrapped__ if _is_wrapper(endpoint) else endpoint  # type: ignore[attr-defined]
 
 
-def _route_over(*, failed: bool) -> TasksScheduler | None:
-    scheduler = current_scheduler()
-    if scheduler is not None:
-        scheduler.route_over(failed=failed)
-    return scheduler
-
-
-def _own(result: Any) -> Any:
+def _own(result: Any, connection: Connection) -> Any:
     """Return a response that this request may change: the endpoint's may serve others too."""
-    return copy.copy(result) if isinstance(result, Response) else result
-
-
-def _leave_outer_request(scope: Scope) -> None:
-    """Forget, until this request is over, the one from within which it was made."""
-    request_stack, _ = exit_stacks(scope)
-    request_stack.callback(restore_current, make_current(None))
+    if isinstance(result, Response):
+        result = connection.response = copy.copy(result)
+    return result
 
 
 def _name_users_file(error: ValidationException, endpoint: Callable[..., Any]) -> None:
+    """Undo that FastAPI takes the wrapper's file for the endpoint's."""
     code = getattr(inspect.unwrap(endpoint), "__code__", None)
     if error.endpoint_file == __file__ and code is not None:
         error.endpoint_file = code.co_filename
@@ -218,13 +232,15 @@ def _note_plain_route(scope: Scope) -> None:
     """Say once for each route that its moments are not exact."""
     if not logger.isEnabledFor(logging.DEBUG):
         return
-    route, noted = scope["route"], _noted.setdefault(scope["app"], set())
-    if route.path in noted:
+    route = scope["route"]
+    if id(route) in _noted:
         return
-    noted.add(route.path)
+    _noted[id(route)] = route
     logger.debug(
-        "%s is a %s: after_route starts when its response was made, after_response when its "
-        "dependencies are closed. APIRouter(route_class=TasksRoute) makes the moments exact.",
+        "%s of %s takes tasks on a %s: after_route starts when the response was made, "
+        "after_response when the request's dependencies are closed. "
+        "APIRouter(route_class=TasksRoute) makes the moments exact.",
+        qualified_name(scope["endpoint"]),
         route.path,
         type(route).__name__,
     )

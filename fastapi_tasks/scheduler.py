@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from contextvars import ContextVar, Token
 
 from .bound import BoundTasks, ImmediateTasks
 from .config import INHERIT_ALL, TaskConfig
 from .supervisor import Supervisor
 from .tasks import Task, is_over
 
-__all__ = [
-    "TasksBatch",
-    "TasksScheduler",
-    "current_scheduler",
-    "make_current",
-    "restore_current",
-]
+__all__ = ["TasksBatch", "TasksScheduler"]
 
 
 class TasksBatch(BoundTasks):
@@ -119,29 +112,10 @@ class TasksScheduler(ImmediateTasks):
 
         :param failed: whether the request went wrong anywhere
         """
-        self.after_route.release(failed=failed)
-        self.after_response.release(failed=failed)
+        self.route_over(failed=failed)
+        if self.after_response.release(failed=failed):
+            self.owes_turn = True
 
     def _place(self, task: Task) -> None:
         self._supervisor.submit(task)
         self.owes_turn = True
-
-
-_current: ContextVar[TasksScheduler | None] = ContextVar(
-    "fastapi_tasks_current_scheduler", default=None
-)
-
-
-def current_scheduler() -> TasksScheduler | None:
-    """Return the scheduler of the request that the caller serves, if that has taken one."""
-    return _current.get()
-
-
-def make_current(scheduler: TasksScheduler | None) -> Token[TasksScheduler | None]:
-    """Make a scheduler the current one of the calling context."""
-    return _current.set(scheduler)
-
-
-def restore_current(token: Token[TasksScheduler | None]) -> None:
-    """Take back what :func:`make_current` did."""
-    _current.reset(token)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
+from .callables import is_async
 from .config import RunIf, TaskConfig, as_config, policy_of
 from .errors import InvalidSettingError
 from .tasks import Task, TaskErrorHandler, TaskOwner
@@ -25,6 +26,8 @@ class TaskHome(TaskOwner, Protocol):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         config: TaskConfig,
+        *,
+        is_async: bool,
     ) -> Task:
         """Make a task of a call, with the context variables of this moment."""
         ...
@@ -79,9 +82,10 @@ class BoundTasks(ABC):
         :return: the task
         :raises InvalidTaskError: ``func`` cannot be run as a task
         """
+        awaited = is_async(func)
         policy = policy_of(func)
         config = self._config if policy is None else self._inherited.merge(policy).merge(self._own)
-        task = self._home.create(func, args, kwargs, config)
+        task = self._home.create(func, args, kwargs, config, is_async=awaited)
         self._place(task)
         return task
 

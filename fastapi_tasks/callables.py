@@ -15,6 +15,7 @@ __all__ = [
     "is_coroutine_endpoint",
     "is_generator",
     "is_generator_endpoint",
+    "parts",
     "qualified_name",
 ]
 
@@ -67,6 +68,14 @@ def is_generator_endpoint(endpoint: Callable[..., object]) -> bool:
 def _faces(endpoint: Callable[..., object]) -> tuple[Callable[..., object], ...]:
     called = _called(endpoint)
     return called, inspect.unwrap(called), inspect.unwrap(_impartial(endpoint))
+
+
+def parts(func: Callable[..., object]) -> tuple[Callable[..., object], ...]:
+    """Return what may carry the attributes of a callable: what it is, and what a call ends in.
+
+    :param func: any callable; a ``functools.partial`` is looked through
+    """
+    return _impartial(func), _called(func)
 
 
 def _impartial(func: Callable[..., object]) -> Callable[..., object]:

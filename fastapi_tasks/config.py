@@ -3,13 +3,13 @@ function."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
-from .callables import is_async, is_generator
+from .callables import is_async, is_generator, parts
 from .errors import InvalidSettingError, InvalidTaskError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ __all__ = [
     "SupervisorSettings",
     "TaskConfig",
     "as_config",
+    "as_tuple",
     "policy_of",
     "task",
 ]
@@ -247,12 +248,29 @@ def as_config(config: object, fields: dict[str, Any]) -> TaskConfig:
     )
 
 
-def policy_of(func: object) -> TaskConfig | None:
+def as_tuple(observers: object) -> tuple[TaskObserver, ...]:
+    """Return what was given as ``observers`` as a tuple.
+
+    :param observers: a sequence of observers
+    :raises InvalidSettingError: it is none, but perhaps a single one
+    """
+    if not isinstance(observers, Iterable):
+        raise InvalidSettingError(
+            "observers",
+            observers,
+            expected="a sequence of functions that take a TaskEvent",
+            instead="add_tasks(app, observers=[count_failures])",
+        )
+    return tuple(cast("Iterable[TaskObserver]", observers))
+
+
+def policy_of(func: Callable[..., object]) -> TaskConfig | None:
     """Return the configuration that :func:`task` tied to a function, if any.
 
-    :param func: the function; a ``functools.partial`` is looked through
+    :param func: a function, or a method, instance or ``functools.partial`` that calls one
     """
-    while isinstance(func, functools.partial):
-        func = func.func
     policy = getattr(func, _POLICY, None)
+    if policy is None and not isinstance(func, FunctionType):
+        policies = (getattr(part, _POLICY, None) for part in parts(func))
+        policy = next((found for found in policies if found is not None), None)
     return policy if isinstance(policy, TaskConfig) else None

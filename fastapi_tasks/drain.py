@@ -160,7 +160,9 @@ class Drain:
         self._cancel()
 
     def _cancel(self, *, shielded: bool | None = None) -> None:
-        tasks = self._live.tasks(shielded=shielded)
+        live = self._live.tasks(shielded=shielded)
+        # Once is enough: a second cancellation would break into the cleaning up.
+        tasks = tuple(task for task in live if task.cancel_reason != _REASON)
         if tasks:
             self._tell(TaskEventKind.DRAIN_CANCELLING, tasks)
             self._live.cancel(tasks, _REASON)

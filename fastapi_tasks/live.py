@@ -67,10 +67,9 @@ class LiveTasks:
         :param reason: why, for the record
         """
         for task in tasks:
-            if not is_over(task):
-                task.cancel_reason = reason
-                if task.status is TaskStatus.PENDING:
-                    give_up(task, TaskEventKind.CANCELLED, reason, self._observers)
+            task.cancel_reason = reason
+            if task.status is TaskStatus.PENDING:
+                give_up(task, TaskEventKind.CANCELLED, reason, self._observers)
             if not task.in_thread:
                 self._spawner.cancel(task.handle)
 

@@ -15,8 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .bound import ImmediateTasks
-from .callables import is_async
-from .config import INHERIT_ALL, SupervisorSettings, TaskConfig
+from .config import INHERIT_ALL, SupervisorSettings, TaskConfig, as_tuple
 from .drain import Drain, DrainPlan, DrainReport
 from .errors import (
     FastAPITasksUninitializedAppError,
@@ -81,7 +80,7 @@ class Supervisor(ImmediateTasks):
     ) -> None:
         self.settings = SupervisorSettings(
             INHERIT_ALL if config is None else config,
-            tuple(observers),
+            as_tuple(observers),
             grace,
             shutdown_timeout,
             threads,
@@ -106,6 +105,8 @@ class Supervisor(ImmediateTasks):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         config: TaskConfig,
+        *,
+        is_async: bool,
     ) -> Task:
         """Make a task of a call, with the context variables of this moment."""
         task: Task = Task(
@@ -116,7 +117,7 @@ class Supervisor(ImmediateTasks):
             kwargs,
             config,
             copy_context(),
-            is_async=is_async(func),
+            is_async=is_async,
         )
         if self._observers.watch_routine:
             self._observers.tell(TaskEvent(TaskEventKind.SCHEDULED, (task,)))

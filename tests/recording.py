@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import anyio.lowlevel
+from starlette.types import Message
+
 from fastapi_tasks import Task, TaskEvent, TaskEventKind
 
 
@@ -17,3 +20,28 @@ class Observed:
     def kinds(self, task: Task | None = None) -> list[TaskEventKind]:
         """Return what happened, to one task or altogether."""
         return [e.kind for e in self.events if task is None or task in e.tasks]
+
+    async def all_over(self) -> None:
+        """Wait until every task that was scheduled is over."""
+        for event in tuple(self.events):
+            if event.kind is TaskEventKind.SCHEDULED:
+                await event.task.wait()
+
+
+class Timeline(list[str]):
+    """What happened, in order, in the words of those who say so."""
+
+    async def note(self, what: str) -> None:
+        """Be a task that says something and ends."""
+        self.append(what)
+
+    async def on_send(self, message: Message) -> None:
+        """Note a message to the server, and let everybody else have a turn before it is sent."""
+        self.append(message["type"])
+        await let_others_run()
+
+
+async def let_others_run() -> None:
+    """Give every task that can run the time for its next step."""
+    for _ in range(3):
+        await anyio.lowlevel.checkpoint()

@@ -6,6 +6,8 @@ import sys
 from importlib.metadata import version as installed_version
 from typing import ParamSpec, TypeVar
 
+from sphinx.pycode import ModuleAnalyzer
+
 import fastapi_tasks
 
 project = "fastapi-tasks"
@@ -32,9 +34,19 @@ nitpick_ignore = [("py:class", "Context")]
 html_theme = "furo"
 html_title = project
 
-for name, module in list(sys.modules.items()):
+# Objects name the public module. That is where Sphinx looks for the docstrings of their attributes,
+# which are in the module that defines them.
+public = ModuleAnalyzer.for_module(fastapi_tasks.__name__)
+public.analyze()
+
+for name, module in sorted(sys.modules.items()):
     if name.partition(".")[0] != fastapi_tasks.__name__:
         continue
+    source = ModuleAnalyzer.for_module(name)
+    source.analyze()
+    public.attr_docs.update(source.attr_docs)
+    public.annotations.update(source.annotations)
+    public.tagorder.update(source.tagorder)
     for value in vars(module).values():
         if isinstance(value, ParamSpec | TypeVar):
             # A type variable has no entry of its own that its name could lead to.

@@ -34,7 +34,7 @@ def add_tasks(
 
     The app gets a supervisor, which starts before the app's own start-up and is drained before
     its own shutdown, and routes that are declared on the app from now on are
-    :class:`TasksRoute`\\ s. It may be called before or after routes, routers, middlewares and
+    :class:`TasksRoute`\ s. It may be called before or after routes, routers, middlewares and
     lifespans are added, but not once the app is being served. A second call with the same
     arguments does nothing.
 

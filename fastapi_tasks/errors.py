@@ -71,9 +71,9 @@ class UninitializedReason(Enum):
 
 
 class FastAPITasksUninitializedAppError(FastAPITasksError, RuntimeError):
-    """Nothing runs tasks for this app: no ``add_tasks``, or its lifespan is not running.
+    """Nothing runs tasks here: no ``add_tasks``, no running lifespan, or no app to be told from.
 
-    :param reason: which of the two it is; its text says which line mends it
+    :param reason: which of them it is; its text says which line mends it
     """
 
     def __init__(self, reason: UninitializedReason) -> None:

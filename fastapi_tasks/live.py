@@ -34,14 +34,14 @@ class LiveTasks:
         """Is called with each task that is over, if anybody keeps count."""
 
     def tasks(self, *, shielded: bool | None = None) -> tuple[Task, ...]:
-        """Return the tasks, the oldest first.
+        """Return the tasks that have something left to do, the oldest first.
 
         :param shielded: only those that are, or only those that are not
         """
         return tuple(
             task
             for task in self._tasks.values()
-            if shielded is None or task.config.shielded is shielded
+            if (shielded is None or task.config.shielded is shielded) and not _has_ended(task)
         )
 
     def start(self, task: Task) -> None:
@@ -109,6 +109,12 @@ class LiveTasks:
             self.on_over(task)
         if self._empty is not None and not self._tasks:
             self._empty.set()
+
+
+def _has_ended(task: Task) -> bool:
+    """Return whether a live task only waits for the loop to say that it is over."""
+    may_handle = task.status is TaskStatus.FAILED and task.config.on_error is not None
+    return is_over(task) and not may_handle
 
 
 def give_up(task: Task, kind: TaskEventKind, reason: str, observers: Observers) -> None:

@@ -1,0 +1,117 @@
+"""The documentation is true: every block in it is run, and every public name is described."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import uvicorn
+from sybil import Example, Sybil
+from sybil.parsers.rest import CaptureParser, CodeBlockParser, PythonCodeBlockParser
+
+import fastapi_tasks
+
+from . import asgi, clocks
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [
+    pytest.param(path, id=path.stem)
+    for path in [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*.rst"))]
+]
+
+TASK_ID = re.compile(r"\b[0-9a-f]{8}-\d+\b")
+
+
+def check_make(targets: list[str]) -> None:
+    """The Makefile has the targets."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no target {target}"
+
+
+def check_pip(arguments: list[str]) -> None:
+    """What is to be installed is this checkout."""
+    assert arguments == ["install", "."]
+    assert (ROOT / "pyproject.toml").is_file()
+
+
+def check_uvicorn(arguments: list[str]) -> None:
+    """The server knows the options."""
+    uvicorn.main.make_context("uvicorn", arguments)
+
+
+COMMANDS = {"make": check_make, "pip": check_pip, "uvicorn": check_uvicorn}
+
+
+def check_console(example: Example) -> None:
+    """Check, without running them, that the commands which a page tells readers to type work."""
+    for line in example.parsed.splitlines():
+        prompt, command, *arguments = shlex.split(line)
+        assert prompt == "$"
+        COMMANDS[command](arguments)
+
+
+SYBIL = Sybil(
+    parsers=[
+        PythonCodeBlockParser(),
+        CodeBlockParser(language="console", evaluator=check_console),
+        CaptureParser(),
+    ]
+)
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """What a page's blocks have printed since the last call."""
+    return lambda: capsys.readouterr().out
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """What a page's blocks have logged since the last call, every task with the same id."""
+    caplog.set_level("INFO", logger="fastapi_tasks")
+
+    def logged() -> str:
+        lines = [
+            f"{record.levelname} {record.getMessage()}\n"
+            for record in caplog.records
+            if record.name == "fastapi_tasks"
+        ]
+        caplog.clear()
+        return TASK_ID.sub("5c1f09ab-7", "".join(lines))
+
+    return logged
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_every_block_does_what_its_page_says(
+    path: Path, printed: Callable[[], str], logged: Callable[[], str]
+) -> None:
+    """A reader who types the blocks of a page, from its top to its end, sees what it tells."""
+    document = SYBIL.parse(path)
+    document.namespace.update(printed=printed, logged=logged, asgi=asgi, clocks=clocks)
+    for example in document.examples():
+        example.evaluate()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_no_block_is_left_out(path: Path) -> None:
+    """A block is Python or commands, which the tests run or check, or a picture or an output."""
+    text = path.read_text(encoding="utf-8")
+    languages = re.findall(r"^ *\.\. (?:invisible-)?code-block::? *(\S*)$", text, re.MULTILINE)
+    captures = re.findall(r"^ *\.\. -> \w+$", text, re.MULTILINE)
+    assert set(languages) <= {"python", "console", "text"}
+    evaluated = len(languages) - languages.count("text") + len(captures)
+    assert len(list(SYBIL.parse(path).examples())) == evaluated
+    # A paragraph that ends in two colons, and a prompt, open blocks that say no language.
+    assert not re.findall(r"^(?! *\.\. ).*::$|^ *>>>", text, re.MULTILINE)
+
+
+def test_every_public_name_is_described() -> None:
+    """The API page has each public name once, and no other."""
+    text = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
+    directive = r"^\.\. (?:data|auto(?:class|exception|function)):: (\w+)"
+    assert sorted(re.findall(directive, text, re.MULTILINE)) == sorted(fastapi_tasks.__all__)

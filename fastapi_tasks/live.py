@@ -70,7 +70,7 @@ class LiveTasks:
             task.cancel_reason = reason
             if task.status is TaskStatus.PENDING:
                 give_up(task, TaskEventKind.CANCELLED, reason, self._observers)
-            if not task.in_thread:
+            if not task.in_threads:
                 self._spawner.cancel(task.handle)
 
     def abandon(self, tasks: tuple[Task, ...]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import anyio
@@ -56,8 +56,12 @@ class Runner:
                 self._begin(task)
                 result = await task.func(*task.args, **task.kwargs)
             else:
-                call = functools.partial(task.func, *task.args, **task.kwargs)
-                result = await self._run_in_thread(task, call, self._begin)
+                async with self._threads:
+                    if is_over(task):
+                        return  # cancelled while it waited, and on trio given its place all the same
+                    self._begin(task)
+                    result = await self._call_in_thread(task, _call_of(task))
+                result = await self._finish(task, result)
         except KeyboardInterrupt as error:
             self._fail(task, error)
             raise
@@ -74,9 +78,7 @@ class Runner:
         try:
             if task.is_async:
                 return await task.func(*task.args, **task.kwargs)
-            return await self._run_in_thread(
-                task, functools.partial(task.func, *task.args, **task.kwargs)
-            )
+            return await self._run_in_thread(task, _call_of(task))
         finally:
             leave(token)
 
@@ -85,24 +87,27 @@ class Runner:
         if self._observers.watch_routine:
             self._tell(TaskEventKind.STARTED, task)
 
-    async def _run_in_thread(
-        self, task: Task, call: Callable[[], Any], on_start: Callable[[Task], None] | None = None
-    ) -> Any:
+    async def _run_in_thread(self, task: Task, call: Callable[[], Any]) -> Any:
+        """Make a call for a task in a thread of its kind, when there is one."""
         async with self._threads:
-            if on_start is not None:
-                on_start(task)
-            # From here on a cancellation is only noted. If it were delivered, the thread would
-            # go on without anybody who waits for it, and its place would be given away.
-            task.in_thread = True
-            try:
-                (result,) = await anyio.to_thread.run_sync(
-                    _call_and_box, call, limiter=self._unlimited
-                )
-            finally:
-                task.in_thread = False
+            result = await self._call_in_thread(task, call)
+        return await self._finish(task, result)
+
+    async def _call_in_thread(self, task: Task, call: Callable[[], Any]) -> Any:
+        # Until the call is over, a cancellation is only noted. If it were delivered, the thread
+        # would go on without anybody who waits for it, and its place would be given away.
+        task.in_threads += 1
+        try:
+            (result,) = await anyio.to_thread.run_sync(_call_and_box, call, limiter=self._unlimited)
+        finally:
+            task.in_threads -= 1
+        return result
+
+    async def _finish(self, task: Task, result: Any) -> Any:
+        """Return the result of a call in a thread, which may have been that of a coroutine."""
         if not inspect.isawaitable(result):
             return result
-        if task.cancel_reason:
+        if task.cancel_reason and task.handle is not None:
             self._spawner.cancel(task.handle)  # now it can be delivered
         return await result
 
@@ -124,8 +129,7 @@ class Runner:
             if somebody_waits:
                 await self._spawner.turn()
             if is_async(handler):
-                # pyright cannot know that an awaitable comes back.
-                await handler(task, error)  # type: ignore[misc]
+                await cast("Awaitable[None]", handler(task, error))
             else:
                 await self._run_in_thread(task, functools.partial(handler, task, error))
         except KeyboardInterrupt:
@@ -155,6 +159,10 @@ class Runner:
         reason: str = "",
     ) -> None:
         self._observers.tell(TaskEvent(kind, (task,), error=error, reason=reason))
+
+
+def _call_of(task: Task) -> Callable[[], Any]:
+    return functools.partial(task.func, *task.args, **task.kwargs)
 
 
 def _call_and_box(call: Callable[[], Any]) -> tuple[Any]:

@@ -91,7 +91,7 @@ class Task(Generic[P, T_co]):
         "context",
         "func",
         "handle",
-        "in_thread",
+        "in_threads",
         "is_async",
         "kwargs",
     )
@@ -120,8 +120,8 @@ class Task(Generic[P, T_co]):
         """The context variables at the moment of ``schedule``, until the task is over."""
         self.is_async = is_async
         """Whether the function is awaited; if not, it runs in a thread."""
-        self.in_thread = False
-        """Whether a thread runs the function just now, which nothing can cancel."""
+        self.in_threads = 0
+        """How many threads are busy for the task just now; nothing can cancel them."""
         self.cancel_reason = ""
         """Why the task was asked to end, if it was; it may end otherwise all the same."""
         self.handle: Any = None

@@ -8,8 +8,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
-
 import fastapi_tasks
 from fastapi_tasks import errors
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any, assert_type
 
 from fastapi import FastAPI
+
 from fastapi_tasks import (
     BoundTasks,
     DrainReport,

@@ -58,7 +58,7 @@ class Runner:
             else:
                 async with self._threads:
                     if is_over(task):
-                        return  # cancelled while it waited, and on trio given its place all the same
+                        return  # cancelled while it waited, which trio may find out too late
                     self._begin(task)
                     result = await self._call_in_thread(task, _call_of(task))
                 result = await self._finish(task, result)

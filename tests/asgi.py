@@ -101,7 +101,7 @@ class Lifespan:
     """Send ``lifespan.shutdown`` and wait until the app has completed it."""
 
 
-class LifespanFailed(Exception):
+class LifespanFailedError(Exception):
     """The app answered ``lifespan.startup`` or ``lifespan.shutdown`` with a failure."""
 
 
@@ -123,7 +123,7 @@ async def lifespan(app: ASGIApp) -> AsyncIterator[Lifespan]:
         await to_app_send.send({"type": f"lifespan.{what}"})
         answer = await from_app_receive.receive()
         if answer["type"] != f"lifespan.{what}.complete":
-            raise LifespanFailed(answer.get("message", ""))
+            raise LifespanFailedError(answer.get("message", ""))
 
     async def shutdown() -> None:
         nonlocal over

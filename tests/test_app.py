@@ -111,7 +111,7 @@ def test_a_second_call_with_other_arguments_is_an_error() -> None:
     """Which of both counts would otherwise depend on the order of imports."""
     app = FastAPI()
     add_tasks(app, grace=3)
-    with pytest.raises(AddTasksError, match="with other arguments.*one add_tasks"):
+    with pytest.raises(AddTasksError, match=r"with other arguments.*one add_tasks"):
         add_tasks(app, grace=4)
 
 
@@ -126,7 +126,7 @@ async def test_an_app_that_is_being_served_is_too_late() -> None:
     """Its middlewares are fixed by then."""
     app = FastAPI()
     async with asgi.lifespan(app):
-        with pytest.raises(AddTasksError, match="being served already.*right after app = FastAPI"):
+        with pytest.raises(AddTasksError, match=r"being served already.*after app = FastAPI"):
             add_tasks(app)
     with pytest.raises(FastAPITasksUninitializedAppError):
         get_supervisor(app)
@@ -298,7 +298,7 @@ async def test_a_failing_shutdown_is_reported_as_it_is() -> None:
     app = FastAPI(lifespan=failing)
     add_tasks(app)
     with pytest.RaisesGroup(
-        pytest.RaisesExc(asgi.LifespanFailed, match="closed before"), ConnectionError
+        pytest.RaisesExc(asgi.LifespanFailedError, match="closed before"), ConnectionError
     ):
         async with asgi.lifespan(app):
             pass
@@ -310,7 +310,7 @@ async def test_one_app_has_one_lifespan_at_a_time() -> None:
     add_tasks(app)
     async with asgi.lifespan(app):
         with pytest.RaisesGroup(
-            pytest.RaisesExc(asgi.LifespanFailed, match="while the supervisor is running"),
+            pytest.RaisesExc(asgi.LifespanFailedError, match="while the supervisor is running"),
             SupervisorStateError,
         ):
             async with asgi.lifespan(app):
@@ -325,10 +325,10 @@ async def test_a_lifespan_that_is_given_up_drains_the_supervisor() -> None:
     running = anyio.Event()
 
     async def receive() -> Any:
-        if not get_supervisor(app).is_running:
-            return {"type": "lifespan.startup"}
-        running.set()
-        await anyio.sleep_forever()
+        if get_supervisor(app).is_running:
+            running.set()
+            await anyio.sleep_forever()
+        return {"type": "lifespan.startup"}
 
     async def send(message: Any) -> None:
         return None

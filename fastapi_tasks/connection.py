@@ -6,8 +6,9 @@ route tells it what the endpoint did. Out of both it decides when the batches ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, TypeAlias, cast
@@ -43,7 +44,6 @@ class Connection:
 
     __slots__ = (
         "_failed",
-        "_token",
         "client_gone",
         "config",
         "endpoint",
@@ -67,21 +67,28 @@ class Connection:
         self.client_gone = False
         """Whether the server refused to send, or said that the peer has disconnected."""
         self._failed = False
-        self._token: Token[Connection | None] | None = None
 
-    def open_scheduler(self, scope: Scope) -> TasksScheduler:
-        """Make the scheduler, and see to it that it hears of the end of the route.
+    def take_scheduler(self, scope: Scope) -> TasksScheduler:
+        """Return the scheduler, and see to it that it hears of the end of the route.
 
         :param scope: the connection's
         :raises FastAPITasksUninitializedAppError: the supervisor is not running
         """
+        scheduler = self.scheduler
+        if scheduler is not None:
+            if not self._failed:
+                return scheduler
+            # A route class that had a failed attempt gives it another one, with moments of its own.
+            self.close()
+            self.returned = self._failed = False
         self.supervisor.require_running()
         request_stack, function_stack = exit_stacks(scope)
         scheduler = self.scheduler = TasksScheduler(self.supervisor, self.config)
-        self._token = _current.set(self)
-        request_stack.push(self._exit_request_stack)
+        request_stack.push(functools.partial(self._exit_request_stack, _current.set(self)))
         if self.endpoint is None:
             function_stack.push(self._exit_function_stack)
+        if self.client_gone:
+            scheduler.response_over(failed=False)  # a WebSocket's peer, before anybody asked
         return scheduler
 
     def endpoint_over(self, *, failed: bool) -> None:
@@ -98,13 +105,10 @@ class Connection:
 
     def response_over(self) -> None:
         """Release what waits for the response, since it was sent."""
-        assert self.scheduler is not None
-        if self._went_well:
+        # After an error an exception handler is yet to send the response: what waits for that,
+        # waits until the connection is closed.
+        if self.scheduler is not None and self._went_well:
             self.scheduler.response_over(failed=False)
-        else:
-            # An exception handler is yet to send the error's response, so what waits for that
-            # waits until the connection is closed.
-            self.scheduler.route_over(failed=True)
 
     def takes_turn(self) -> bool:
         """Return, once each time, whether tasks were started that have not had the loop yet."""
@@ -143,13 +147,13 @@ class Connection:
 
     def _exit_request_stack(
         self,
+        token: Token[Connection | None],
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
         """Be the safety net under every way in which a response can end."""
-        assert self._token is not None
-        _current.reset(self._token)
+        _restore(token)
         if self._is_failure(exc):
             self._failed = True
         self.response_over()
@@ -177,7 +181,14 @@ def leave_outer_connection(scope: Scope) -> None:
     """
     if _current.get() is not None:
         request_stack, _ = exit_stacks(scope)
-        request_stack.callback(_current.reset, _current.set(None))
+        request_stack.callback(_restore, _current.set(None))
+
+
+def _restore(token: Token[Connection | None]) -> None:
+    # A route class may run its handler in a task of its own. Then the context, in which the
+    # connection was the current one, is gone by itself.
+    with suppress(ValueError):
+        _current.reset(token)
 
 
 def connection_of(scope: Scope) -> Connection | None:

@@ -7,7 +7,8 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, TypeAlias
+from types import CoroutineType
+from typing import Annotated, Any, TypeAlias, cast
 from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request, Response
@@ -51,11 +52,9 @@ async def get_tasks(connection: HTTPConnection) -> TasksScheduler:
     served = connection_of(scope)
     if served is None:
         raise FastAPITasksUninitializedAppError(UninitializedReason.NO_ADD_TASKS)
-    if served.scheduler is not None:
-        return served.scheduler
     if served.endpoint is None:
         _note_plain_route(scope)
-    return served.open_scheduler(scope)
+    return served.take_scheduler(scope)
 
 
 Tasks: TypeAlias = Annotated[TasksScheduler, Depends(get_tasks)]
@@ -98,12 +97,12 @@ class TasksRoute(APIRoute):
         return handle
 
     # Not async itself: every request would pay for one more coroutine.
-    def handle(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, scope: Scope, receive: Receive, send: Send
-    ) -> Coroutine[Any, Any, None]:
+    def handle(self, scope: Scope, receive: Receive, send: Send) -> CoroutineType[Any, Any, None]:
         """Handle a request that matched, with the user's own endpoint in the scope."""
         scope["endpoint"] = _original(self.endpoint)
-        return super().handle(scope, receive, send)
+        # Which kind of coroutine it is, mypy and pyright do not agree about.
+        handling: CoroutineType[Any, Any, None] = cast(Any, super().handle(scope, receive, send))
+        return handling
 
 
 class _AfterResponse(BackgroundTasks):
@@ -162,15 +161,14 @@ def _wrapped(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 def _wrapped_coroutine(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(endpoint)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        connection = _served_by(wrapper)
-        if connection is None:
-            return await endpoint(*args, **kwargs)
         try:
             result = await endpoint(*args, **kwargs)
         except BaseException:
-            connection.endpoint_over(failed=True)
+            _endpoint_over(wrapper, failed=True)
             raise
-        connection.endpoint_over(failed=False)
+        connection = _endpoint_over(wrapper, failed=False)
+        if connection is None:
+            return result
         await _give_turn(connection)
         return _own(result, connection)
 
@@ -180,29 +178,30 @@ def _wrapped_coroutine(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 def _wrapped_function(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(endpoint)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        connection = _served_by(wrapper)
-        if connection is None:
-            return endpoint(*args, **kwargs)
         try:
             result = endpoint(*args, **kwargs)
         except BaseException:
-            connection.endpoint_over(failed=True)
+            _endpoint_over(wrapper, failed=True)
             raise
-        connection.endpoint_over(failed=False)
+        connection = _endpoint_over(wrapper, failed=False)
+        if connection is None:
+            return result
         _give_turn_from_thread(connection)
         return _own(result, connection)
 
     return wrapper
 
 
-def _served_by(wrapper: Callable[..., Any]) -> Connection | None:
-    """Return the current connection if the wrapper's endpoint is its, and takes tasks.
+def _endpoint_over(wrapper: Callable[..., Any], *, failed: bool) -> Connection | None:
+    """Tell the connection that its endpoint is over, and return it, if it has taken tasks.
 
-    A user's own wrapper may call ours; then it is the user's that decides when the endpoint has
-    returned.
+    A user's own wrapper may call ours; then it is the user's that is the endpoint.
     """
     connection = current_connection()
-    return connection if connection is not None and connection.endpoint is wrapper else None
+    if connection is None or connection.endpoint is not wrapper:
+        return None
+    connection.endpoint_over(failed=failed)
+    return connection
 
 
 def _is_wrapper(endpoint: Callable[..., Any] | None) -> bool:
@@ -225,7 +224,6 @@ def _name_users_file(error: ValidationException, endpoint: Callable[..., Any]) -
     code = getattr(inspect.unwrap(endpoint), "__code__", None)
     if error.endpoint_file == __file__ and code is not None:
         error.endpoint_file = code.co_filename
-        error.endpoint_line = code.co_firstlineno
 
 
 def _note_plain_route(scope: Scope) -> None:
@@ -236,11 +234,16 @@ def _note_plain_route(scope: Scope) -> None:
     if id(route) in _noted:
         return
     _noted[id(route)] = route
+    moments = (
+        "both batches start when it has returned or its peer has disconnected"
+        if scope["type"] == "websocket"
+        else "after_route starts when its response was made, after_response when its dependencies "
+        "are closed; APIRouter(route_class=TasksRoute) makes the moments exact"
+    )
     logger.debug(
-        "%s of %s takes tasks on a %s: after_route starts when the response was made, "
-        "after_response when the request's dependencies are closed. "
-        "APIRouter(route_class=TasksRoute) makes the moments exact.",
+        "%s takes tasks on a %s (%s): %s",
         qualified_name(scope["endpoint"]),
-        route.path,
         type(route).__name__,
+        route.path,
+        moments,
     )

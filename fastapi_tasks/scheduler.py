@@ -7,7 +7,7 @@ from collections import deque
 from .bound import BoundTasks, ImmediateTasks
 from .config import INHERIT_ALL, TaskConfig
 from .supervisor import Supervisor
-from .tasks import Task, is_over
+from .tasks import Task
 
 __all__ = ["TasksBatch", "TasksScheduler"]
 
@@ -41,23 +41,21 @@ class TasksBatch(BoundTasks):
         if self._failed is None:
             self._failed = failed
         started = False
-        while self._waiting:
+        while True:
             try:
                 task = self._waiting.popleft()
-            except IndexError:
-                break  # another thread was faster
+            except IndexError:  # asked for, not looked up before: another thread may be faster
+                return started
             started |= self._start_or_drop(task, failed=self._failed)
-        return started
 
     def _start_or_drop(self, task: Task, *, failed: bool) -> bool:
         run_if = task.config.run_if or "success"
         if run_if == "always" or (run_if == "error") is failed:
             self._supervisor.submit(task)
             return True
-        if not is_over(task):
-            outcome = "failed" if failed else "succeeded"
-            reason = f'the request {outcome}, and the task has run_if="{run_if}"'
-            self._supervisor.drop(task, reason)
+        outcome = "failed" if failed else "succeeded"
+        reason = f'the request {outcome}, and the task has run_if="{run_if}"'
+        self._supervisor.drop(task, reason)
         return False
 
     def _place(self, task: Task) -> None:

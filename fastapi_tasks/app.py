@@ -173,7 +173,7 @@ class TasksMiddleware:
                     await send({"type": "lifespan.startup.failed", "message": str(error)})
                     raise
                 is_ours = True
-            elif message["type"] == "lifespan.shutdown":
+            else:  # lifespan.shutdown: there is no third
                 await drain()
             return message
 

@@ -81,10 +81,15 @@ class BoundTasks(ABC):
         :param kwargs: its keyword arguments
         :return: the task
         :raises InvalidTaskError: ``func`` cannot be run as a task
+        :raises InvalidSettingError: ``func`` has a ``run_if``, and would start at once
         """
         awaited = is_async(func)
         policy = policy_of(func)
-        config = self._config if policy is None else self._inherited.merge(policy).merge(self._own)
+        if policy is None:
+            config = self._config
+        else:
+            self._check(policy)
+            config = self._inherited.merge(policy).merge(self._own)
         task = self._home.create(func, args, kwargs, config, is_async=awaited)
         self._place(task)
         return task

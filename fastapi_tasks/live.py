@@ -70,7 +70,9 @@ class LiveTasks:
             task.cancel_reason = reason
             if task.status is TaskStatus.PENDING:
                 give_up(task, TaskEventKind.CANCELLED, reason, self._observers)
-            if not task.in_threads:
+            if task.in_threads:
+                task.cancel_pending = True
+            else:
                 self._spawner.cancel(task.handle)
 
     def abandon(self, tasks: tuple[Task, ...]) -> None:
@@ -81,6 +83,7 @@ class LiveTasks:
         for task in tasks:
             del self._tasks[task.handle]
             self._spawner.abandon(task.handle)
+            task.abandoned = True
 
     async def wait_until_empty(self, moment: float) -> bool:
         """Wait until no task is live, or until a moment; return whether none is.

@@ -133,7 +133,7 @@ def keep_log(event: TaskEvent) -> None:
             )
         case TaskEventKind.DRAIN_FINISHED:
             logger.info("Shutdown: drained, %s", event.report)
-        case TaskEventKind.SCHEDULED | TaskEventKind.STARTED | TaskEventKind.FINISHED:
+        case _:  # scheduled, started, finished: what every task goes through
             _log_task(logging.DEBUG, f"Task %s {event.kind}", event)
 
 

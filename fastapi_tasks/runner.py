@@ -19,7 +19,7 @@ import anyio.to_thread
 from .callables import is_async
 from .observer import Observers, TaskEvent, TaskEventKind
 from .spawn import Spawner
-from .tasks import Task, TaskStatus, begin, enter, is_over, leave, settle
+from .tasks import Task, TaskErrorHandler, TaskStatus, begin, enter, is_over, leave, settle
 
 __all__ = ["BY_OTHERS", "Runner"]
 
@@ -61,7 +61,9 @@ class Runner:
                         return  # cancelled while it waited, which trio may find out too late
                     self._begin(task)
                     result = await self._call_in_thread(task, _call_of(task))
-                result = await self._finish(task, result)
+                if inspect.isawaitable(result):
+                    self._deliver_cancellation(task)
+                    result = await result
         except KeyboardInterrupt as error:
             self._fail(task, error)
             raise
@@ -89,9 +91,12 @@ class Runner:
 
     async def _run_in_thread(self, task: Task, call: Callable[[], Any]) -> Any:
         """Make a call for a task in a thread of its kind, when there is one."""
-        async with self._threads:
-            result = await self._call_in_thread(task, call)
-        return await self._finish(task, result)
+        try:
+            async with self._threads:
+                result = await self._call_in_thread(task, call)
+        finally:
+            self._deliver_cancellation(task)
+        return await result if inspect.isawaitable(result) else result
 
     async def _call_in_thread(self, task: Task, call: Callable[[], Any]) -> Any:
         # Until the call is over, a cancellation is only noted. If it were delivered, the thread
@@ -103,17 +108,16 @@ class Runner:
             task.in_threads -= 1
         return result
 
-    async def _finish(self, task: Task, result: Any) -> Any:
-        """Return the result of a call in a thread, which may have been that of a coroutine."""
-        if not inspect.isawaitable(result):
-            return result
-        if task.cancel_reason and task.handle is not None:
-            self._spawner.cancel(task.handle)  # now it can be delivered
-        return await result
+    def _deliver_cancellation(self, task: Task) -> None:
+        if task.cancel_pending:
+            task.cancel_pending = False
+            self._spawner.cancel(task.handle)
 
     async def _end_with(self, task: Task, error: BaseException) -> None:
         if is_over(task):
             return  # cancelled while it waited for a thread
+        if task.abandoned and isinstance(error, GeneratorExit):
+            return  # collected after the end of its loop, and reported long before
         if self._is_cancellation(error):
             settle(task, TaskStatus.CANCELLED)
             if task.cancel_reason:
@@ -123,8 +127,14 @@ class Runner:
             return
         somebody_waits = self._fail(task, error)
         handler = task.config.on_error
-        if handler is None or not isinstance(error, Exception):
-            return
+        if handler is not None and isinstance(error, Exception):
+            task.cancel_pending = False  # it was the function's, as all that came before
+            with self._spawner.renewed(task.handle):
+                await self._handle(task, error, handler, somebody_waits=somebody_waits)
+
+    async def _handle(
+        self, task: Task, error: Exception, handler: TaskErrorHandler, *, somebody_waits: bool
+    ) -> None:
         try:
             if somebody_waits:
                 await self._spawner.turn()

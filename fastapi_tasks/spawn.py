@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -40,6 +41,10 @@ class Spawner(Protocol):
 
     def cancel(self, handle: Handle) -> None:
         """Cancel a task in the loop's own manner."""
+        ...
+
+    def renewed(self, handle: Handle) -> AbstractContextManager[None]:
+        """Let a task that was cancelled go on, within the context, until it is cancelled again."""
         ...
 
     def abandon(self, handle: Handle) -> None:
@@ -83,6 +88,9 @@ class AsyncioSpawner:
     def cancel(self, handle: Handle) -> None:
         handle.cancel()
 
+    def renewed(self, handle: Handle) -> AbstractContextManager[None]:
+        return nullcontext()  # asyncio delivers each cancellation once
+
     def abandon(self, handle: Handle) -> None:
         # asyncio.run cancels and awaits all registered tasks at its end, and would never return.
         # https://docs.python.org/3/library/asyncio-extending.html#task-lifetime-support
@@ -103,6 +111,13 @@ class AsyncioSpawner:
         return None
 
 
+class _TrioHandle:
+    """A system task, by the scope that a cancellation of it has to cancel just now."""
+
+    def __init__(self, scope: trio.CancelScope) -> None:
+        self.scope = scope
+
+
 class TrioSpawner:
     """Starts system tasks in the running trio loop."""
 
@@ -114,29 +129,38 @@ class TrioSpawner:
         self._token = trio.lowlevel.current_trio_token()
 
     def spawn(self, main: Main, *, name: str, context: Context | None, over: Over) -> Handle:
-        scope = self._trio.CancelScope()
+        handle = _TrioHandle(self._trio.CancelScope())
         self._trio.lowlevel.spawn_system_task(
-            self._run, scope, main, over, name=name, context=context
+            self._run, handle, main, over, name=name, context=context
         )
-        return scope
+        return handle
 
-    async def _run(self, scope: trio.CancelScope, main: Main, over: Over) -> None:
+    async def _run(self, handle: _TrioHandle, main: Main, over: Over) -> None:
         try:
-            with scope:
+            with handle.scope:
                 await main
         except KeyboardInterrupt:
             # What escapes from a system task ends trio.run with an internal error. The signal
             # takes the way that it takes when it comes from outside: to the main task.
             signal.raise_signal(signal.SIGINT)
         finally:
-            over(scope)
+            over(handle)
 
     def cancel(self, handle: Handle) -> None:
-        handle.cancel()
+        handle.scope.cancel()
+
+    @contextmanager
+    def renewed(self, handle: Handle) -> Generator[None, None, None]:
+        if not handle.scope.cancel_called:
+            yield
+            return
+        with self._trio.CancelScope(shield=True) as handle.scope:
+            yield
 
     def abandon(self, handle: Handle) -> None:
-        # trio.run cancels system tasks and waits for them: there is no way around it.
-        return None
+        # trio.run cancels system tasks and waits for them: there is no way around it. Only the
+        # shield of a renewed one can be taken down.
+        handle.scope.cancel()
 
     def call_soon(self, func: Callable[..., object], *args: object) -> None:
         self._token.run_sync_soon(func, *args)

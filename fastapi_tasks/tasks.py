@@ -85,7 +85,9 @@ class Task(Generic[P, T_co]):
         "_result",
         "_started",
         "_status",
+        "abandoned",
         "args",
+        "cancel_pending",
         "cancel_reason",
         "config",
         "context",
@@ -122,8 +124,12 @@ class Task(Generic[P, T_co]):
         """Whether the function is awaited; if not, it runs in a thread."""
         self.in_threads = 0
         """How many threads are busy for the task just now; nothing can cancel them."""
+        self.cancel_pending = False
+        """Whether a cancellation waits for a thread to end before it can be delivered."""
         self.cancel_reason = ""
         """Why the task was asked to end, if it was; it may end otherwise all the same."""
+        self.abandoned = False
+        """Whether nobody waits any longer for the task to end."""
         self.handle: Any = None
         """The event loop's own task that runs this one, while it does."""
         self._owner = owner

@@ -28,9 +28,7 @@ class Exchange:
     @property
     def body(self) -> bytes:
         """The response's body, as far as it was sent."""
-        return b"".join(
-            m.get("body", b"") for m in self.sent if m["type"] == "http.response.body"
-        )
+        return b"".join(m.get("body", b"") for m in self.sent if m["type"] == "http.response.body")
 
     def json(self) -> Any:
         """The response's body, decoded."""

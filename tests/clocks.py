@@ -26,11 +26,10 @@ class _JumpingSelector(selectors.SelectSelector):
         self._loop = loop
 
     def select(self, timeout: float | None = None) -> list[Any]:
-        ready = super().select(0)
-        if not ready and timeout is None:
-            return super().select(None)  # no timer at all: a thread will wake the loop up
+        # Without a timeout there is no timer to jump to: only a thread can wake the loop up.
+        ready = super().select(None if timeout is None else 0)
         if not ready and timeout is not None:
-            self._loop.now += max(timeout, 0)
+            self._loop.now += timeout
         return ready
 
 

@@ -144,8 +144,11 @@ def serve(app: str, *options: str) -> Generator[Server, None, None]:
     try:
         yield server
     finally:
-        server.process.kill()
-        server.process.wait(PATIENCE)
+        server.process.terminate()  # a killed one could not write down what of it was covered
+        try:
+            server.process.wait(PATIENCE)
+        finally:
+            server.process.kill()
         server.stdin.close()
         server.said.all()
         server.log.all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anyio
@@ -24,8 +24,10 @@ from fastapi_tasks import (
     TasksRoute,
     TaskStatus,
     UninitializedReason,
+    UnsupportedFastAPIError,
     add_tasks,
     get_supervisor,
+    get_tasks,
 )
 
 from . import asgi
@@ -231,6 +233,22 @@ def test_a_supervisor_is_asked_for_with_its_app_or_from_within() -> None:
     assert caught.value.reason is UninitializedReason.NO_CONTEXT
 
 
+@pytest.mark.parametrize("missing", ["fastapi_inner_astack", "fastapi_function_astack"])
+async def test_a_fastapi_without_its_exit_stacks_is_told_apart(missing: str) -> None:
+    """They are no documented interface, so that one day they may be gone."""
+    app = FastAPI()
+    add_tasks(app)
+
+    @app.get("/parcels")
+    async def send_parcel(request: Request) -> None:
+        del request.scope[missing]
+        await get_tasks(request)
+
+    async with asgi.lifespan(app):
+        with pytest.raises(UnsupportedFastAPIError, match=rf"{missing}.*pip install 'fastapi"):
+            await asgi.request(app, "/parcels")
+
+
 # The lifespan
 
 
@@ -308,13 +326,12 @@ async def test_one_app_has_one_lifespan_at_a_time() -> None:
     """A second one fails where the server looks, instead of looking like an app without any."""
     app = FastAPI()
     add_tasks(app)
-    async with asgi.lifespan(app):
+    async with asgi.lifespan(app), AsyncExitStack() as stack:
         with pytest.RaisesGroup(
             pytest.RaisesExc(asgi.LifespanFailedError, match="while the supervisor is running"),
             SupervisorStateError,
         ):
-            async with asgi.lifespan(app):
-                pass
+            await stack.enter_async_context(asgi.lifespan(app))
         assert get_supervisor(app).is_running
 
 

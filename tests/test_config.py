@@ -1,0 +1,451 @@
+"""How tasks are configured: one configuration over another, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+import math
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastapi_tasks import (
+    InvalidSettingError,
+    InvalidTaskError,
+    Supervisor,
+    Task,
+    TaskConfig,
+    TaskEvent,
+    TasksScheduler,
+    task,
+)
+from fastapi_tasks.config import RunIf
+
+
+def ring_bell(task: Task, error: Exception) -> None:
+    """Tell the captain."""
+
+
+async def hoist_flag(task: Task, error: Exception) -> None:
+    """Tell the harbour."""
+
+
+def load() -> None:
+    """Have no configuration of its own."""
+
+
+FIELDS = [field.name for field in dataclasses.fields(TaskConfig)]
+
+configs = st.builds(
+    TaskConfig,
+    name=st.none() | st.text(min_size=1, max_size=3),
+    shield=st.none() | st.booleans(),
+    on_error=st.sampled_from([None, ring_bell, hoist_flag]),
+    run_if=st.none() | st.sampled_from(get_args(RunIf)),
+)
+
+
+# One configuration
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    """It is shared by every task that was scheduled with it."""
+    config = TaskConfig(name="cargo")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.name = "ballast"  # type: ignore[misc]
+    with pytest.raises((AttributeError, TypeError)):
+        config.nmae = "ballast"  # type: ignore[attr-defined]
+
+
+def test_equal_configurations_are_equal() -> None:
+    """They are data: they can be compared, and be members of sets."""
+    assert TaskConfig(name="cargo", shield=True) == TaskConfig(shield=True, name="cargo")
+    assert len({TaskConfig(shield=True), TaskConfig(shield=True), TaskConfig(shield=False)}) == 2
+
+
+def test_a_configuration_sets_nothing_by_itself() -> None:
+    """Every field that is not given is left to the outer configuration."""
+    assert [getattr(TaskConfig(), field) for field in FIELDS] == [None] * len(FIELDS)
+
+
+@pytest.mark.parametrize(("shield", "shielded"), [(None, False), (False, False), (True, True)])
+def test_shielding_is_asked_for(shield: bool | None, shielded: bool) -> None:
+    """A task that nobody shields is not shielded."""
+    assert TaskConfig(shield=shield).shielded is shielded
+
+
+# One over another
+
+
+@given(outer=configs, inner=configs)
+def test_each_field_is_the_inner_one_if_that_is_set(outer: TaskConfig, inner: TaskConfig) -> None:
+    """The nearer to the call, the stronger; what it leaves open comes from outside."""
+    merged = outer.merge(inner)
+    for field in FIELDS:
+        own = getattr(inner, field)
+        assert getattr(merged, field) == (getattr(outer, field) if own is None else own)
+
+
+@given(a=configs, b=configs, c=configs)
+def test_merging_may_be_grouped_in_any_way(a: TaskConfig, b: TaskConfig, c: TaskConfig) -> None:
+    """So it does not matter who merges first: the app, the function or the call."""
+    assert a.merge(b).merge(c) == a.merge(b.merge(c))
+
+
+@given(config=configs)
+def test_an_empty_configuration_changes_nothing(config: TaskConfig) -> None:
+    """Neither as the outer nor as the inner one."""
+    assert TaskConfig().merge(config) == config.merge(TaskConfig()) == config
+
+
+@given(config=configs)
+def test_the_same_configuration_twice_is_once(config: TaskConfig) -> None:
+    """A function's policy that is given in the call again stays what it was."""
+    assert config.merge(config) == config
+
+
+@given(outer=configs, inner=configs)
+def test_merging_leaves_both_as_they_were(outer: TaskConfig, inner: TaskConfig) -> None:
+    """The result is a third one."""
+    copies = dataclasses.replace(outer), dataclasses.replace(inner)
+    outer.merge(inner)
+    assert (outer, inner) == copies
+
+
+def test_a_call_can_take_back_what_the_app_shields() -> None:
+    """False is an answer, and not the same as no answer."""
+    supervisor = Supervisor(config=TaskConfig(shield=True))
+
+    assert supervisor.schedule(load).config.shielded
+    assert not supervisor.task(shield=False).schedule(load).config.shielded
+
+
+def test_a_function_can_take_back_what_the_app_shields() -> None:
+    """And the call what the function does."""
+    supervisor = Supervisor(config=TaskConfig(shield=True))
+
+    @task(shield=False)
+    def unload() -> None:
+        """Have a configuration that is not the app's."""
+
+    assert not supervisor.schedule(unload).config.shielded
+    assert supervisor.task(shield=True).schedule(unload).config.shielded
+
+
+# App, function, call
+
+APP = TaskConfig(name="app", on_error=ring_bell, shield=True, run_if="always")
+
+
+@task(name="function", on_error=hoist_flag)
+def sail() -> None:
+    """Have a configuration of its own."""
+
+
+PLACES: list[Any] = [
+    pytest.param(lambda supervisor: supervisor, id="supervisor"),
+    pytest.param(TasksScheduler, id="immediate"),
+    pytest.param(lambda supervisor: TasksScheduler(supervisor).after_route, id="after_route"),
+    pytest.param(lambda supervisor: TasksScheduler(supervisor).after_response, id="after_response"),
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_function_goes_over_the_app_and_the_call_over_both(
+    place: Callable[[Supervisor], Any],
+) -> None:
+    """Wherever the task is scheduled."""
+    tasks = place(Supervisor(config=APP))
+
+    assert tasks.schedule(load).config == APP
+    assert tasks.schedule(sail).config == TaskConfig(
+        name="function", on_error=hoist_flag, shield=True, run_if="always"
+    )
+    assert tasks.task(name="call", shield=False).schedule(sail).config == TaskConfig(
+        name="call", on_error=hoist_flag, shield=False, run_if="always"
+    )
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_whole_configuration_does_what_its_fields_do(
+    place: Callable[[Supervisor], Any],
+) -> None:
+    """It can be made once and given to many calls."""
+    tasks = place(Supervisor())
+    careful = TaskConfig(name="careful", shield=True)
+
+    assert tasks.task(careful).schedule(load).config == careful
+    assert tasks.task(name="careful", shield=True).schedule(load).config == careful
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_configurations_of_calls_pile_up(place: Callable[[Supervisor], Any]) -> None:
+    """The last call of .task() goes over those before it, and over the function."""
+    tasks = place(Supervisor(config=APP))
+    first = tasks.task(name="first", shield=False)
+    second = first.task(name="second", on_error=ring_bell)
+
+    assert second.schedule(sail).config == TaskConfig(
+        name="second", shield=False, on_error=ring_bell, run_if="always"
+    )
+    assert first.schedule(sail).config.name == "first"
+    assert tasks.schedule(sail).config.name == "function"
+
+
+def test_a_scheduler_may_have_another_configuration_than_its_supervisor() -> None:
+    """A mounted app's own goes over the outer app's: on all three moments."""
+    tasks = TasksScheduler(Supervisor(config=APP), TaskConfig(name="mounted"))
+
+    for place in (tasks, tasks.after_route, tasks.after_response):
+        assert place.schedule(load).config == TaskConfig(name="mounted")
+
+
+# A function's own
+
+
+def test_the_decorator_returns_the_function_itself() -> None:
+    """It can be called, tested and awaited as if it were no task."""
+
+    def anchor() -> None:
+        """Do what a task does."""
+
+    assert task(shield=True)(anchor) is anchor
+
+
+def test_the_decorator_takes_a_whole_configuration() -> None:
+    """The same one as tasks.task()."""
+    careful = TaskConfig(name="careful", shield=True)
+
+    @task(careful)
+    async def anchor() -> None:
+        """Do what a task does."""
+
+    assert Supervisor().schedule(anchor).config == careful
+
+
+class Crane:
+    """Methods and instances with a policy."""
+
+    @task(name="lift")
+    def lift(self) -> None:
+        """Be a method."""
+
+    @task(name="call")
+    async def __call__(self) -> None:
+        """Be an instance's call."""
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (functools.partial(functools.partial(sail)), "function"),
+        (Crane().lift, "lift"),
+        (functools.partial(Crane().lift), "lift"),
+        (Crane(), "call"),
+        (functools.partial(Crane()), "call"),
+    ],
+)
+def test_a_policy_is_found_in_whatever_the_function_is_part_of(
+    function: Callable[[], Any], name: str
+) -> None:
+    """A partial, a method or an instance does not lose what its function asks for."""
+    assert Supervisor().schedule(function).config.name == name
+
+
+def test_what_cannot_carry_a_policy_is_refused() -> None:
+    """The error says how to give it at the call."""
+    with pytest.raises(InvalidTaskError, match=r"tasks\.task\(shield=True\)\.schedule"):
+        task(shield=True)(print)
+
+
+# What is refused
+
+
+async def watch_async(event: TaskEvent) -> None:
+    """Be an observer that would never be awaited."""
+
+
+Make = Callable[..., object]
+
+
+def decorated(**fields: Any) -> object:
+    """Use the decorator."""
+    return task(**fields)(load)
+
+
+def called(**fields: Any) -> object:
+    """Use the method, where each field makes sense."""
+    return TasksScheduler(Supervisor()).after_response.task(**fields)
+
+
+BAD_FIELDS: list[Any] = [
+    ("name", "", "str"),
+    ("name", 7, "int"),
+    ("name", b"cargo", "bytes"),
+    ("shield", "yes", "str"),
+    ("shield", 1, "int"),
+    ("on_error", "ring_bell", "str"),
+    ("on_error", heapq.merge, "function"),
+    ("run_if", "sometimes", "str"),
+    ("run_if", True, "bool"),
+    ("run_if", ["success"], "list"),
+]
+
+BAD_SETTINGS: list[Any] = [
+    ("config", {"shield": True}, "dict"),
+    ("grace", -1, "int"),
+    ("grace", -0.001, "float"),
+    ("grace", math.nan, "float"),
+    ("grace", math.inf, "float"),
+    ("grace", True, "bool"),
+    ("grace", "10", "str"),
+    ("grace", None, "NoneType"),
+    ("shutdown_timeout", 0, "int"),
+    ("shutdown_timeout", -5, "int"),
+    ("shutdown_timeout", math.nan, "float"),
+    ("shutdown_timeout", True, "bool"),
+    ("shutdown_timeout", "25", "str"),
+    ("threads", 0, "int"),
+    ("threads", -1, "int"),
+    ("threads", True, "bool"),
+    ("threads", 2.0, "float"),
+    ("threads", "40", "str"),
+    ("threads", None, "NoneType"),
+]
+
+
+def expect_refusal(make: Callable[[], object], setting: str, value: object, kind: str) -> None:
+    """Check an error: what came, what was expected, and a line to write that is Python."""
+    with pytest.raises(InvalidSettingError) as caught:
+        make()
+
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.setting == setting
+    message, _, line = str(caught.value).partition(" Write for example: ")
+    assert message.startswith(f"{setting}={value!r}: expected ")
+    assert message.endswith(f", got {kind}.")
+    assert setting in line
+    compile(line, "the line to write", "eval")
+
+
+@pytest.mark.parametrize(("field", "value", "kind"), BAD_FIELDS)
+@pytest.mark.parametrize("make", [TaskConfig, decorated, called])
+def test_a_wrong_field_is_refused_where_it_is_written(
+    make: Make, field: str, value: object, kind: str
+) -> None:
+    """At once, and not at the shutdown that it was meant for."""
+    expect_refusal(lambda: make(**{field: value}), field, value, kind)
+
+
+@pytest.mark.parametrize(("setting", "value", "kind"), BAD_SETTINGS)
+def test_a_wrong_setting_is_refused_where_it_is_written(
+    setting: str, value: object, kind: str
+) -> None:
+    """Before the app starts."""
+    expect_refusal(lambda: Supervisor(**{setting: value}), setting, value, kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("observers", "value"),
+    [
+        (["log"], "log"),
+        ([print, None], None),
+        ([heapq.merge], heapq.merge),
+        ([watch_async], watch_async),
+    ],
+)
+def test_an_observer_that_cannot_be_called_is_refused(observers: Any, value: object) -> None:
+    """So is a coroutine or generator function, whose body would not run; the error names it."""
+    expect_refusal(
+        lambda: Supervisor(observers=observers), "observers", value, type(value).__name__
+    )
+
+
+@pytest.mark.parametrize("observers", [print, 5])
+def test_observers_are_a_sequence(observers: Any) -> None:
+    """One observer without a list around it is refused like any other wrong setting."""
+    expect_refusal(
+        lambda: Supervisor(observers=observers), "observers", observers, type(observers).__name__
+    )
+
+
+def test_a_shutdown_cannot_be_over_before_its_grace() -> None:
+    """The two settings are told in one error."""
+    with pytest.raises(InvalidSettingError, match="not less than grace=10") as caught:
+        Supervisor(grace=10, shutdown_timeout=9.5)
+
+    assert "shutdown_timeout=9.5" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"grace": 0, "shutdown_timeout": 0.1},
+        {"grace": 10, "shutdown_timeout": 10},
+        {"grace": 1e6, "shutdown_timeout": math.inf},
+        {"grace": 3.5, "shutdown_timeout": None, "threads": 1},
+    ],
+)
+def test_settings_at_their_limits_are_taken(settings: dict[str, Any]) -> None:
+    """What makes sense, is no error."""
+    supervisor = Supervisor(**settings)
+
+    for setting, value in settings.items():
+        assert getattr(supervisor.settings, setting) == value
+
+
+@pytest.mark.parametrize("place", PLACES[:2])
+@pytest.mark.parametrize("run_if", get_args(RunIf))
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_task_that_starts_now_cannot_depend_on_the_outcome(
+    place: Callable[[Supervisor], Any], run_if: RunIf, chained: bool
+) -> None:
+    """run_if is refused there, and the error names the moments that have it."""
+    tasks = place(Supervisor())
+    if chained:
+        tasks = tasks.task(shield=True)
+
+    expect_refusal(lambda: tasks.task(run_if=run_if), "run_if", run_if, "str")
+    with pytest.raises(InvalidSettingError, match=r"after_response\.task\(run_if="):
+        tasks.task(TaskConfig(run_if=run_if))
+
+
+@pytest.mark.parametrize("place", PLACES[:2])
+def test_a_function_that_depends_on_the_outcome_cannot_start_now(
+    place: Callable[[Supervisor], Any],
+) -> None:
+    """Else it would run whatever the outcome is; on the batches it can be scheduled."""
+
+    @task(run_if="error")
+    def mourn() -> None:
+        """Have a configuration that makes no sense everywhere."""
+
+    expect_refusal(lambda: place(Supervisor()).schedule(mourn), "run_if", "error", "str")
+    assert TasksScheduler(Supervisor()).after_route.schedule(mourn).config.run_if == "error"
+
+
+@pytest.mark.parametrize("make", [task, Supervisor().task])
+@pytest.mark.parametrize(
+    ("args", "fields"),
+    [((TaskConfig(),), {"shield": True}), (({"shield": True},), {}), ((load,), {})],
+)
+def test_a_configuration_is_given_whole_or_as_fields(
+    make: Callable[..., object], args: tuple[object, ...], fields: dict[str, object]
+) -> None:
+    """Both at once would leave open which counts; `@task` without brackets is caught too."""
+    with pytest.raises(InvalidSettingError) as caught:
+        make(*args, **fields)
+
+    assert "a TaskConfig, or its fields as keyword arguments, not both" in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [TaskConfig, task, Supervisor().task])
+def test_a_field_that_does_not_exist_is_refused(make: Callable[..., object]) -> None:
+    """A slip of the pen is not a setting without effect."""
+    with pytest.raises(TypeError, match="sheild"):
+        make(sheild=True)

@@ -1,0 +1,890 @@
+"""Where tasks run: a supervisor's life, and whoever schedules on it from wherever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+import sniffio
+from fastapi import FastAPI
+
+from fastapi_tasks import (
+    BoundTasks,
+    DrainReport,
+    FastAPITasksUninitializedAppError,
+    NoCurrentTaskError,
+    Supervisor,
+    SupervisorStateError,
+    Task,
+    TaskConfig,
+    Tasks,
+    TasksScheduler,
+    TaskStatus,
+    UninitializedReason,
+    add_tasks,
+    current_task,
+    get_supervisor,
+)
+
+from . import asgi
+from .conftest import BACKENDS, Backend
+from .recording import Observed
+
+pytestmark = pytest.mark.anyio
+
+
+async def fetch(book: str = "atlas") -> str:
+    """Succeed."""
+    await anyio.lowlevel.checkpoint()
+    return book
+
+
+async def read() -> None:
+    """Run until somebody cancels it."""
+    await anyio.Event().wait()
+
+
+def run_on(backend: Backend, main: Callable[[], Any]) -> Any:
+    """Run a coroutine function in an event loop of its own."""
+    return anyio.run(main, backend=backend[0], backend_options=backend[1])
+
+
+def in_plain_thread(function: Callable[[], Any]) -> Any:
+    """Call a function in a thread that no event loop knows of."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+# From start to drain
+
+
+async def test_a_supervisor_runs_from_start_to_drain() -> None:
+    """Tasks that are scheduled in between run, others do not."""
+    supervisor = Supervisor()
+    before = supervisor.schedule(fetch)
+    await supervisor.start()
+    between = supervisor.schedule(fetch)
+    await between.wait()
+    await supervisor.drain()
+    after = supervisor.schedule(fetch)
+
+    assert [task.status for task in (before, between, after)] == [
+        TaskStatus.CANCELLED,
+        TaskStatus.SUCCEEDED,
+        TaskStatus.CANCELLED,
+    ]
+
+
+async def test_a_supervisor_is_a_context_manager() -> None:
+    """For scripts and tests: started on entry, drained on exit."""
+    async with Supervisor() as supervisor:
+        task = supervisor.schedule(read)
+        await task.started.wait()
+
+    assert task.status is TaskStatus.CANCELLED
+
+
+async def test_the_context_manager_drains_after_an_error_too() -> None:
+    """The error is the caller's, and no task is left behind."""
+    tasks: list[Task] = []
+
+    async def main() -> None:
+        async with Supervisor() as supervisor:
+            tasks.append(supervisor.schedule(read))
+            await tasks[0].started.wait()
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        await main()
+
+    assert tasks[0].status is TaskStatus.CANCELLED
+
+
+async def test_a_supervisor_cannot_be_started_twice() -> None:
+    """The error says how it is used; the supervisor goes on."""
+    async with Supervisor() as supervisor:
+        with pytest.raises(SupervisorStateError, match=r"start\(\).* while .* running") as caught:
+            await supervisor.start()
+
+        assert "async with Supervisor() as supervisor" in str(caught.value)
+        assert await supervisor.schedule(fetch).wait() == "atlas"
+
+
+async def test_a_supervisor_that_was_not_started_cannot_be_drained() -> None:
+    """Nor one that was drained before."""
+    supervisor = Supervisor()
+    with pytest.raises(SupervisorStateError, match=r"drain\(\).* not running"):
+        await supervisor.drain()
+    await supervisor.start()
+    await supervisor.drain()
+    with pytest.raises(SupervisorStateError, match=r"drain\(\).* not running"):
+        await supervisor.drain()
+
+
+async def test_a_drain_cannot_be_interfered_with() -> None:
+    """Neither a second drain nor a start while it goes on; it ends well all the same."""
+    gate = anyio.Event()
+    supervisor = Supervisor(config=TaskConfig(shield=True))
+    await supervisor.start()
+    task = supervisor.schedule(gate.wait)
+    reports: list[DrainReport] = []
+
+    async def drain() -> None:
+        reports.append(await supervisor.drain())
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(drain)
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(SupervisorStateError):
+            await supervisor.drain()
+        with pytest.raises(SupervisorStateError):
+            await supervisor.start()
+        gate.set()
+
+    assert [report.finished for report in reports] == [(task,)]
+
+
+async def test_whether_it_runs_can_be_asked() -> None:
+    """Requests ask before they let anybody schedule; the error tells what is missing."""
+    supervisor = Supervisor()
+    with pytest.raises(FastAPITasksUninitializedAppError) as early:
+        supervisor.require_running()
+    async with supervisor:
+        supervisor.require_running()
+        assert supervisor.is_running
+    with pytest.raises(FastAPITasksUninitializedAppError) as late:
+        supervisor.require_running()
+
+    assert not supervisor.is_running
+    assert early.value.reason is UninitializedReason.NOT_STARTED
+    assert late.value.reason is UninitializedReason.STOPPED
+
+
+async def test_running_are_those_that_are_not_over() -> None:
+    """The oldest first; what is over is forgotten at once."""
+    async with Supervisor() as supervisor:
+        assert supervisor.running == ()
+        tasks = [supervisor.schedule(read) for _ in range(3)]
+        assert supervisor.running == tuple(tasks)
+        over = supervisor.schedule(fetch)
+        await over.wait()
+        assert supervisor.running == tuple(tasks)
+    assert supervisor.running == ()
+
+
+# Again, and elsewhere
+
+
+async def test_a_supervisor_can_be_started_again() -> None:
+    """Tests start one app many times."""
+    supervisor = Supervisor()
+    results: list[str] = []
+    for book in ("atlas", "diary"):
+        async with supervisor:
+            results.append(await supervisor.schedule(fetch, book).wait())
+
+    assert results == ["atlas", "diary"]
+
+
+@pytest.mark.parametrize("second", BACKENDS)
+@pytest.mark.parametrize("first", BACKENDS)
+def test_a_supervisor_can_be_started_on_another_event_loop(first: Backend, second: Backend) -> None:
+    """Of another kind, too: with coroutines and threads."""
+    supervisor = Supervisor()
+
+    async def main() -> list[Any]:
+        async with supervisor:
+            tasks: list[Task] = [supervisor.schedule(fetch), supervisor.schedule(str, 5)]
+            return [await task.wait() for task in tasks]
+
+    assert run_on(first, main) == run_on(second, main) == ["atlas", "5"]
+
+
+@pytest.mark.parametrize("again", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loop_that_ends_without_a_drain_takes_its_tasks_with_it(
+    backend: Backend, again: Backend
+) -> None:
+    """They are cancelled with the loop, and the supervisor can be started on the next one."""
+    supervisor = Supervisor()
+
+    async def forget_to_drain() -> list[Task]:
+        await supervisor.start()
+        tasks = [supervisor.schedule(read), supervisor.schedule(read)]
+        await tasks[0].started.wait()
+        return [*tasks, supervisor.schedule(read)]
+
+    async def main() -> str:
+        async with supervisor:
+            return await supervisor.schedule(fetch).wait()
+
+    tasks = run_on(backend, forget_to_drain)
+    between = supervisor.schedule(fetch)
+
+    assert [task.status for task in (*tasks, between)] == [TaskStatus.CANCELLED] * 4
+    assert run_on(again, main) == "atlas"
+
+
+def test_a_loop_that_is_closed_under_its_tasks_loses_them(observed: Observed) -> None:
+    """Nothing ran any more when it was closed: they are dropped, and each is told."""
+    supervisor = Supervisor(observers=[observed])
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(supervisor.start())
+    running = supervisor.schedule(read)
+    loop.run_until_complete(running.started.wait())
+    pending = in_plain_thread(lambda: supervisor.schedule(fetch))
+    loop.close()
+    too_late = supervisor.schedule(fetch)
+
+    async def main() -> str:
+        async with supervisor:
+            await running.wait()
+            return await supervisor.schedule(fetch).wait()
+
+    assert asyncio.run(main()) == "atlas"
+    for task in (running, pending, too_late):
+        assert task.status is TaskStatus.CANCELLED
+        assert observed.kinds(task)[-1] == "dropped"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_closed_loop_is_noticed_in_other_threads(backend: Backend) -> None:
+    """Scheduling there drops the task, and does not raise what the loop raises."""
+    supervisor = Supervisor()
+    run_on(backend, supervisor.start)
+    task = in_plain_thread(lambda: supervisor.schedule(fetch))
+
+    assert task.status is TaskStatus.CANCELLED
+
+
+async def test_two_supervisors_are_apart() -> None:
+    """Two apps in one process: draining one leaves the other's tasks alone."""
+    gate = anyio.Event()
+    async with Supervisor() as other:
+        theirs = other.schedule(gate.wait)
+        async with Supervisor() as supervisor:
+            ours = supervisor.schedule(gate.wait)
+            await ours.started.wait()
+            assert (supervisor.running, other.running) == ((ours,), (theirs,))
+
+        assert ours.status is TaskStatus.CANCELLED
+        gate.set()
+        await theirs.wait()
+        assert theirs.status is TaskStatus.SUCCEEDED
+
+
+async def test_a_supervisor_is_not_tied_to_the_task_that_started_it() -> None:
+    """It may be started in one, schedule in a second and be drained in a third."""
+    supervisor = Supervisor()
+    tasks: list[Task] = []
+
+    async def schedule() -> None:
+        tasks.append(supervisor.schedule(read))
+
+    for step in (supervisor.start, schedule):
+        async with anyio.create_task_group() as group:
+            group.start_soon(step)
+    await tasks[0].started.wait()
+    async with anyio.create_task_group() as group:
+        group.start_soon(supervisor.drain)
+
+    assert tasks[0].status is TaskStatus.CANCELLED
+
+
+async def test_a_task_outlives_the_scope_it_was_scheduled_in() -> None:
+    """The request that scheduled it may be cancelled, timed out or over."""
+    async with Supervisor() as supervisor:
+        gate = anyio.Event()
+        with anyio.CancelScope() as scope:
+            task = supervisor.schedule(gate.wait)
+            scope.cancel()
+            await anyio.lowlevel.checkpoint()
+        await task.started.wait()
+        gate.set()
+        await task.wait()
+
+    assert task.status is TaskStatus.SUCCEEDED
+
+
+# From everywhere
+
+
+async def test_tasks_begin_when_the_loop_is_free_and_not_before() -> None:
+    """schedule() returns first: what it starts never runs in the middle of its caller."""
+    order: list[str] = []
+
+    async def work() -> None:
+        order.append("task")
+
+    async with Supervisor() as supervisor:
+        supervisor.schedule(work)
+        order.append("caller")
+        await supervisor.turn()
+
+        assert order == ["caller", "task"]
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["worker", "plain"])
+async def test_tasks_can_be_scheduled_in_any_thread(plain: bool) -> None:
+    """In the loop's own worker threads, and in those that it does not know of."""
+    async with Supervisor() as supervisor:
+
+        def schedule() -> list[Task]:
+            return [supervisor.schedule(fetch), supervisor.schedule(str, "diary")]
+
+        tasks = await anyio.to_thread.run_sync(
+            lambda: in_plain_thread(schedule) if plain else schedule()
+        )
+
+        assert [await task.wait() for task in tasks] == ["atlas", "diary"]
+
+
+async def test_a_batch_can_be_released_in_any_thread(observed: Observed) -> None:
+    """What is to start, starts, and what is to be dropped, is dropped."""
+    async with Supervisor(observers=[observed]) as supervisor:
+        batch = TasksScheduler(supervisor).after_response
+        started, dropped = batch.task(run_if="always").schedule(fetch), batch.schedule(fetch)
+        await anyio.to_thread.run_sync(lambda: batch.release(failed=True))
+        await started.wait()
+        await dropped.wait()
+
+        assert (started.status, dropped.status) == (TaskStatus.SUCCEEDED, TaskStatus.CANCELLED)
+        assert observed.kinds(dropped) == ["scheduled", "dropped"]
+
+
+async def test_what_a_thread_does_twice_happens_once(observed: Observed) -> None:
+    """The loop hears of it later, and by then the task may be over."""
+    async with Supervisor(observers=[observed]) as supervisor:
+        batch = TasksScheduler(supervisor).after_response
+        task = batch.schedule(fetch)
+
+        def give_up() -> list[bool]:
+            answers = [task.cancel(), task.cancel()]
+            batch.release(failed=True)
+            return answers
+
+        assert await anyio.to_thread.run_sync(give_up) == [True, True]
+        await task.wait()
+        await supervisor.turn()
+
+        assert observed.kinds() == ["scheduled", "cancelled"]
+
+
+async def test_a_plain_thread_wakes_a_sleeping_loop_up() -> None:
+    """The task does not have to wait until something else happens."""
+    async with Supervisor() as supervisor:
+        started = anyio.Event()
+
+        async def start() -> None:
+            started.set()
+
+        thread = threading.Thread(target=lambda: supervisor.schedule(start))
+        thread.start()
+        await started.wait()
+        thread.join()
+
+
+async def test_what_a_thread_schedules_runs_in_its_order() -> None:
+    """The first one scheduled is the first one to take its step."""
+    order: list[int] = []
+    turns = [anyio.Event() for _ in range(5)]
+
+    async def work(number: int) -> None:
+        order.append(number)
+        turns[number].set()
+
+    async with Supervisor() as supervisor:
+
+        def schedule() -> None:
+            for number in range(5):
+                supervisor.schedule(work, number)
+                anyio.from_thread.run(turns[number].wait)
+
+        await anyio.to_thread.run_sync(schedule)
+
+    assert order == [0, 1, 2, 3, 4]
+
+
+THREADS = 8
+
+
+@pytest.mark.parametrize("attempt", range(3))
+async def test_nothing_gets_lost_when_threads_schedule_into_a_drain(
+    observed: Observed, attempt: int
+) -> None:
+    """Before it, into its beginning and its end, and after it: each task ends exactly once."""
+    supervisor = Supervisor(observers=[observed], grace=attempt)
+    before, drained = threading.Barrier(THREADS + 1), threading.Event()
+
+    def schedule() -> list[Task]:
+        shielded = supervisor.task(shield=True)
+        tasks: list[Task] = []
+
+        def schedule_some(times: int) -> None:
+            for _ in range(times):
+                tasks.extend((supervisor.schedule(fetch), shielded.schedule(fetch)))
+            tasks.append(supervisor.schedule(int))
+
+        schedule_some(10)
+        before.wait()
+        schedule_some(50)
+        drained.wait()
+        schedule_some(10)
+        return tasks
+
+    async with anyio.create_task_group() as group:
+        await supervisor.start()
+        results: list[list[Task]] = []
+
+        async def collect() -> None:
+            limiter = anyio.CapacityLimiter(1)
+            results.append(await anyio.to_thread.run_sync(schedule, limiter=limiter))
+
+        for _ in range(THREADS):
+            group.start_soon(collect)
+        await anyio.to_thread.run_sync(before.wait, limiter=anyio.CapacityLimiter(1))
+        report = await supervisor.drain()
+        drained.set()
+
+    tasks = [task for result in results for task in result]
+    ends = Counter(
+        event.task
+        for event in observed.events
+        if event.kind in {"finished", "cancelled", "dropped"}
+    )
+    assert ends == Counter(tasks)
+    succeeded = {task for task in tasks if task.status is TaskStatus.SUCCEEDED}
+    assert {task.status for task in set(tasks) - succeeded} == {TaskStatus.CANCELLED}
+    assert {event.task for event in observed.events if event.kind == "finished"} == succeeded
+    assert set(report.finished) <= succeeded
+    assert supervisor.running == ()
+
+
+# Context variables
+
+shelf: ContextVar[str] = ContextVar("shelf", default="none")
+
+
+async def look() -> str:
+    """Return the context variable."""
+    await anyio.lowlevel.checkpoint()
+    return shelf.get()
+
+
+def look_in_thread() -> str:
+    """Return the context variable, in a thread."""
+    return shelf.get()
+
+
+BOTH_LOOKS = pytest.mark.parametrize(
+    "function", [look, look_in_thread], ids=["coroutine", "thread"]
+)
+
+
+@BOTH_LOOKS
+async def test_context_variables_are_those_of_schedule(function: Callable[[], Any]) -> None:
+    """Not those of the start-up, nor those of the moment when the task runs."""
+    shelf.set("start-up")
+    async with Supervisor() as supervisor:
+        shelf.set("schedule")
+        task = supervisor.schedule(function)
+        shelf.set("later")
+
+        assert await task.wait() == "schedule"
+
+
+@BOTH_LOOKS
+async def test_context_variables_of_a_batch_are_those_of_schedule(
+    function: Callable[[], Any],
+) -> None:
+    """Also if it is released much later, in another context."""
+    async with Supervisor() as supervisor:
+        batch = TasksScheduler(supervisor).after_response
+        shelf.set("schedule")
+        task = batch.schedule(function)
+        shelf.set("release")
+        batch.release(failed=False)
+
+        assert await task.wait() == "schedule"
+
+
+@BOTH_LOOKS
+async def test_context_variables_of_a_thread_are_those_of_schedule(
+    function: Callable[[], Any],
+) -> None:
+    """A worker thread has its caller's, and may set its own; a plain one starts from none."""
+    shelf.set("loop")
+    async with Supervisor() as supervisor:
+
+        def schedule() -> list[Task]:
+            inherited = supervisor.schedule(function)
+            shelf.set("thread")
+            return [inherited, supervisor.schedule(function)]
+
+        worker = await anyio.to_thread.run_sync(schedule)
+        plain = await anyio.to_thread.run_sync(in_plain_thread, schedule)
+
+        assert [await task.wait() for task in worker] == ["loop", "thread"]
+        assert [await task.wait() for task in plain] == ["none", "thread"]
+
+
+async def test_context_variables_of_a_sync_endpoint_reach_its_tasks(
+    observed: Observed,
+) -> None:
+    """At all three moments, and other requests have nothing to do with it."""
+    app = FastAPI()
+    add_tasks(app, observers=[observed])
+
+    @app.get("/")
+    def lend(tasks: Tasks, name: str) -> None:
+        shelf.set(name)
+        for place in (tasks, tasks.after_route, tasks.after_response):
+            place.schedule(look)
+            place.schedule(look_in_thread)
+        shelf.set("later")
+
+    async with asgi.lifespan(app):
+        for name in ("poetry", "maps"):
+            await asgi.request(app, f"/?name={name}")
+        await observed.all_over()
+
+    tasks = [event.task for event in observed.events if event.kind == "scheduled"]
+    assert [task.result() for task in tasks] == ["poetry"] * 6 + ["maps"] * 6
+
+
+async def test_what_a_task_sets_stays_in_the_task() -> None:
+    """Neither its caller nor its siblings see it."""
+
+    async def relabel() -> None:
+        shelf.set("relabelled")
+
+    shelf.set("schedule")
+    async with Supervisor() as supervisor:
+        await supervisor.schedule(relabel).wait()
+
+        assert await supervisor.schedule(look).wait() == shelf.get() == "schedule"
+
+
+async def use_the_loop() -> str:
+    """Use what asks which event loop there is."""
+    async with anyio.create_task_group() as group:
+        group.start_soon(anyio.sleep, 0)
+    with anyio.move_on_after(60):
+        await anyio.lowlevel.checkpoint()
+    assert await anyio.to_thread.run_sync(lambda: 7) == 7
+    return sniffio.current_async_library()
+
+
+def use_the_loop_from_its_thread() -> str:
+    """Do the same from a sync task."""
+    return anyio.from_thread.run(use_the_loop)
+
+
+@pytest.mark.parametrize("function", [use_the_loop, use_the_loop_from_its_thread])
+@pytest.mark.parametrize("plain", [False, True], ids=["worker", "plain"])
+async def test_a_task_from_a_thread_finds_its_event_loop(
+    function: Callable[[], Any], plain: bool, anyio_backend_name: str
+) -> None:
+    """A thread's context says that there is none, and the task does not believe it."""
+    async with Supervisor() as supervisor:
+
+        def schedule() -> Task:
+            return supervisor.schedule(function)
+
+        task = await anyio.to_thread.run_sync(
+            lambda: in_plain_thread(schedule) if plain else schedule()
+        )
+
+        assert await task.wait() == anyio_backend_name
+
+
+# Who am I
+
+
+async def who_am_i() -> Task:
+    """Return the current task, after a while and from a child."""
+    await anyio.lowlevel.checkpoint()
+    return await anyio.to_thread.run_sync(current_task)
+
+
+@pytest.mark.parametrize("function", [who_am_i, current_task], ids=["coroutine", "thread"])
+async def test_a_task_can_ask_for_itself(function: Callable[[], Any]) -> None:
+    """Its siblings are others; in a sync task's thread, too."""
+    async with Supervisor() as supervisor:
+        tasks = [supervisor.schedule(function) for _ in range(3)]
+
+        assert [await task.wait() for task in tasks] == tasks
+
+
+async def test_outside_of_a_task_there_is_none() -> None:
+    """Also where one has been scheduled just before; the error says what to keep instead."""
+    async with Supervisor() as supervisor:
+        await supervisor.schedule(who_am_i).wait()
+        with pytest.raises(NoCurrentTaskError, match=r"task = tasks\.schedule\(func\)") as caught:
+            current_task()
+
+    assert isinstance(caught.value, LookupError)
+
+
+# The supervisor of here
+
+
+async def test_the_supervisor_of_an_app_can_be_asked_for() -> None:
+    """Before the app runs, and while it does: it is one and the same."""
+    app, other = FastAPI(), FastAPI()
+    add_tasks(app)
+    add_tasks(other)
+    supervisor = get_supervisor(app)
+
+    assert isinstance(supervisor, BoundTasks)
+    assert supervisor is not get_supervisor(other)
+    async with asgi.lifespan(app):
+        assert get_supervisor(app) is supervisor
+        assert await get_supervisor(app).schedule(fetch).wait() == "atlas"
+
+
+async def test_an_app_without_tasks_has_no_supervisor() -> None:
+    """The error says which line is missing."""
+    with pytest.raises(FastAPITasksUninitializedAppError, match=r"add_tasks\(app\)") as caught:
+        get_supervisor(FastAPI())
+
+    assert caught.value.reason is UninitializedReason.NO_ADD_TASKS
+
+
+async def test_outside_of_tasks_and_requests_the_app_has_to_be_named() -> None:
+    """The error says so."""
+    with pytest.raises(FastAPITasksUninitializedAppError, match=r"get_supervisor\(app\)"):
+        get_supervisor()
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_request_that_takes_tasks_has_a_supervisor(is_async: bool) -> None:
+    """A service deep down in it need not be handed anything."""
+    app = FastAPI()
+    add_tasks(app)
+    found: list[Supervisor] = []
+
+    def lend_in_thread(tasks: Tasks) -> None:
+        found.append(get_supervisor())
+
+    async def lend(tasks: Tasks) -> None:
+        found.append(get_supervisor())
+
+    app.get("/")(lend if is_async else lend_in_thread)
+    async with asgi.lifespan(app):
+        await asgi.request(app, "/")
+        with pytest.raises(FastAPITasksUninitializedAppError):
+            get_supervisor()
+
+    assert found == [get_supervisor(app)]
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_task_can_schedule_tasks(is_async: bool) -> None:
+    """On its own supervisor, from the loop or its thread, and so on from there."""
+
+    def follow_up_in_thread(times: int) -> Task | None:
+        return get_supervisor().schedule(function, times - 1) if times else None
+
+    async def follow_up(times: int) -> Task | None:
+        return follow_up_in_thread(times)
+
+    function: Any = follow_up if is_async else follow_up_in_thread
+    async with Supervisor() as supervisor, Supervisor():
+        task: Task | None = supervisor.schedule(function, 3)
+        names: list[str] = []
+        while task is not None:
+            names.append(task.name)
+            task = await task.wait()
+
+    assert len(names) == 4
+
+
+async def test_a_task_of_one_app_finds_its_own_supervisor_in_anothers_request() -> None:
+    """The task is nearer than the request that it was scheduled in."""
+    app = FastAPI()
+    add_tasks(app)
+
+    @app.get("/")
+    async def lend(tasks: Tasks) -> None:
+        task = elsewhere.schedule(find)
+        assert await task.wait() is elsewhere
+        assert get_supervisor() is get_supervisor(app)
+
+    async def find() -> Supervisor:
+        return get_supervisor()
+
+    async with Supervisor() as elsewhere, asgi.lifespan(app):
+        assert (await asgi.request(app, "/")).status == 200
+
+
+# Sync tasks
+
+
+async def test_sync_tasks_have_a_limit() -> None:
+    """With two threads never more than two run, and all of them run at last."""
+    gate, lock = threading.Event(), threading.Lock()
+    running, most = 0, 0
+
+    def shelve() -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        gate.wait()
+        with lock:
+            running -= 1
+
+    async with Supervisor(threads=2) as supervisor:
+        tasks = [supervisor.schedule(shelve) for _ in range(6)]
+        while running < 2:
+            await anyio.lowlevel.checkpoint()
+        await anyio.wait_all_tasks_blocked()
+        statuses = Counter(task.status for task in tasks)
+        gate.set()
+        for task in tasks:
+            await task.wait()
+
+    assert statuses == {TaskStatus.RUNNING: 2, TaskStatus.PENDING: 4}
+    assert (most, running) == (2, 0)
+
+
+async def test_sync_error_handlers_count_as_sync_tasks() -> None:
+    """They are work in a thread, like what failed."""
+    gate = threading.Event()
+    handled: list[Task] = []
+
+    def handle(task: Task, error: Exception) -> None:
+        handled.append(task)
+
+    async def lose() -> None:
+        raise LookupError
+
+    async with Supervisor(threads=1) as supervisor:
+        blocking = supervisor.schedule(gate.wait)
+        await blocking.started.wait()
+        failed = supervisor.task(on_error=handle).schedule(lose)
+        with contextlib.suppress(LookupError):
+            await failed.wait()
+        await anyio.wait_all_tasks_blocked()
+        before = list(handled)
+        gate.set()
+        while supervisor.running:
+            await anyio.lowlevel.checkpoint()
+
+    assert (before, handled) == ([], [failed])
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+async def test_sync_tasks_do_not_starve_sync_endpoints(tokens: int) -> None:
+    """Their threads are their own: the app answers while all of them are busy."""
+    anyio.to_thread.current_default_thread_limiter().total_tokens = tokens
+    gate = threading.Event()
+    app = FastAPI()
+    add_tasks(app, threads=tokens)
+
+    @app.get("/")
+    def lend() -> str:
+        return "atlas"
+
+    async with asgi.lifespan(app):
+        tasks = [get_supervisor(app).schedule(gate.wait) for _ in range(tokens + 1)]
+        while sum(task.status is TaskStatus.RUNNING for task in tasks) < tokens:
+            await anyio.lowlevel.checkpoint()
+        with anyio.move_on_after(20):
+            response = await asgi.request(app, "/")
+        gate.set()
+
+    assert response.json() == "atlas"
+
+
+async def test_sync_endpoints_do_not_starve_sync_tasks() -> None:
+    """The other way round."""
+    anyio.to_thread.current_default_thread_limiter().total_tokens = 1
+    gate, busy = threading.Event(), threading.Event()
+
+    def block() -> None:
+        busy.set()
+        gate.wait()
+
+    async with Supervisor() as supervisor, anyio.create_task_group() as group:
+        group.start_soon(anyio.to_thread.run_sync, block)
+        while not busy.is_set():
+            await anyio.lowlevel.checkpoint()
+        task = supervisor.schedule(lambda: "shelved")
+        with anyio.move_on_after(20):
+            await task.wait()
+        gate.set()
+
+    assert task.result() == "shelved"
+
+
+# asyncio's own
+
+
+@pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
+async def test_asyncio_tasks_carry_the_names_of_ours() -> None:
+    """Debuggers and asyncio's own warnings show what it is about."""
+    async with Supervisor() as supervisor:
+        supervisor.task(name="catalogue").schedule(read)
+
+        assert "catalogue" in {task.get_name() for task in asyncio.all_tasks()}
+
+
+@pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
+async def test_a_task_that_a_stranger_cancels_before_its_first_step_is_over(
+    observed: Observed,
+) -> None:
+    """asyncio never runs it at all, and whoever waits must not wait for ever."""
+    async with Supervisor(observers=[observed]) as supervisor:
+        task = supervisor.task(name="catalogue").schedule(fetch)
+        for native in asyncio.all_tasks():
+            if native.get_name() == "catalogue":
+                native.cancel()
+        await task.wait()
+
+        assert (task.status, task.attempt) == (TaskStatus.CANCELLED, 0)
+        assert observed.kinds(task) == ["scheduled", "cancelled"]
+
+
+EAGER: Any = getattr(asyncio, "eager_task_factory", None)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        pytest.param(None, id="default"),
+        pytest.param(
+            EAGER,
+            id="eager",
+            marks=pytest.mark.skipif(EAGER is None, reason="this Python has no eager tasks"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_the_moments_do_not_depend_on_the_loops_task_factory(factory: Any, debug: bool) -> None:
+    """A task does not begin in the middle of schedule(), and its context is its own."""
+
+    async def main() -> tuple[TaskStatus, str]:
+        asyncio.get_running_loop().set_task_factory(factory)
+        shelf.set("schedule")
+        async with Supervisor() as supervisor:
+            task = supervisor.schedule(look)
+            status = task.status
+            shelf.set("later")
+            return status, await task.wait()
+
+    assert asyncio.run(main(), debug=debug) == (TaskStatus.PENDING, "schedule")

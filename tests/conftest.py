@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
+
+from fastapi_tasks import add_tasks
 
 from .clocks import FakeClockLoop, fake_trio_clock
-from .recording import Observed
+from .recording import Observed, Timeline
 
 Backend = tuple[str, dict[str, Any]]
 
@@ -33,3 +36,17 @@ def anyio_backend(request: pytest.FixtureRequest) -> Backend:
 def observed() -> Observed:
     """An observer that keeps every event; give it to ``add_tasks`` or a supervisor."""
     return Observed()
+
+
+@pytest.fixture
+def app(observed: Observed) -> FastAPI:
+    """An app with tasks, whose own routes are exact."""
+    app = FastAPI()
+    add_tasks(app, observers=[observed])
+    return app
+
+
+@pytest.fixture
+def timeline() -> Timeline:
+    """What happens in the test, in order."""
+    return Timeline()

@@ -33,8 +33,6 @@ from fastapi_tasks import (
 from . import asgi
 from .recording import Observed
 
-pytestmark = pytest.mark.anyio
-
 
 async def deliver() -> str:
     """Deliver a parcel, as the tests' simplest task."""

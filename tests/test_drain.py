@@ -34,8 +34,6 @@ from fastapi_tasks import (
 from .conftest import BACKENDS, FAKE_CLOCKS, Backend
 from .recording import Observed, let_others_run
 
-pytestmark = pytest.mark.anyio
-
 SHIELD = TaskConfig(shield=True)
 
 

@@ -37,8 +37,6 @@ from . import asgi
 from .conftest import BACKENDS, Backend
 from .recording import Observed
 
-pytestmark = pytest.mark.anyio
-
 
 class LeakError(Exception):
     """What goes wrong in this module's plumbing."""

@@ -42,23 +42,7 @@ from .asgi import lifespan, request
 from .endpoints import AddStream, Kind, both_kinds, every_yield
 from .recording import Observed, Timeline, let_others_run
 
-pytestmark = pytest.mark.anyio
-
 START, BODY = "http.response.start", "http.response.body"
-
-
-@pytest.fixture
-def timeline() -> Timeline:
-    """What happens in the test."""
-    return Timeline()
-
-
-@pytest.fixture
-def app(observed: Observed) -> FastAPI:
-    """An app whose routes are exact."""
-    app = FastAPI()
-    add_tasks(app, observers=[observed])
-    return app
 
 
 # The three moments

@@ -27,8 +27,6 @@ from fastapi_tasks import (
 
 from .recording import Observed
 
-pytestmark = pytest.mark.anyio
-
 
 class CrossedLinesError(Exception):
     """What goes wrong in this module's telephone exchange."""

@@ -31,8 +31,6 @@ from .asgi import lifespan, request
 from .endpoints import AddStream, Kind, both_kinds, every_stream, returned_stream
 from .recording import Observed, Timeline, let_others_run
 
-pytestmark = pytest.mark.anyio
-
 START, BODY = "http.response.start", "http.response.body"
 
 RUN_IF: tuple[Literal["success", "error", "always"], ...] = ("success", "error", "always")
@@ -66,20 +64,6 @@ class MisprintError(Exception):
 def ran() -> Requested:
     """Which tasks have run."""
     return Requested()
-
-
-@pytest.fixture
-def timeline() -> Timeline:
-    """What happens in the test."""
-    return Timeline()
-
-
-@pytest.fixture
-def app(observed: Observed) -> FastAPI:
-    """An app whose routes are exact."""
-    app = FastAPI()
-    add_tasks(app, observers=[observed])
-    return app
 
 
 # The endpoint returned

@@ -31,8 +31,6 @@ from .asgi import lifespan, request
 from .endpoints import Kind, both_kinds
 from .recording import Observed, Timeline, let_others_run
 
-pytestmark = pytest.mark.anyio
-
 START, BODY = "http.response.start", "http.response.body"
 
 RUN_IF: tuple[Literal["success", "error", "always"], ...] = ("success", "error", "always")
@@ -43,23 +41,9 @@ ONLY_RESPONSE_FAILED = {"route, success", "route, always", "response, error", "r
 
 
 @pytest.fixture
-def timeline() -> Timeline:
-    """What happens in the test."""
-    return Timeline()
-
-
-@pytest.fixture
 def router() -> APIRouter:
     """A router that knows nothing of tasks, as those of other people's packages do not."""
     return APIRouter()
-
-
-@pytest.fixture
-def app(observed: Observed) -> FastAPI:
-    """An app with tasks, which the test's router is to be included in."""
-    app = FastAPI()
-    add_tasks(app, observers=[observed])
-    return app
 
 
 def schedule_for_each_outcome(tasks: TasksScheduler, timeline: Timeline) -> None:

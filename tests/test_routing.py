@@ -37,8 +37,6 @@ from .asgi import lifespan, request
 from .endpoints import Kind, both_kinds
 from .recording import Observed, Timeline, let_others_run
 
-pytestmark = pytest.mark.anyio
-
 START, BODY = "http.response.start", "http.response.body"
 
 Endpoint = Callable[..., Any]
@@ -51,14 +49,6 @@ def timeline() -> Iterator[Timeline]:
     token = _timeline.set(timeline)
     yield timeline
     _timeline.reset(token)
-
-
-@pytest.fixture
-def app(observed: Observed) -> FastAPI:
-    """An app whose routes are exact."""
-    app = FastAPI()
-    add_tasks(app, observers=[observed])
-    return app
 
 
 # Endpoints of every kind, each of which lends a number of copies

@@ -40,8 +40,6 @@ from . import asgi
 from .conftest import BACKENDS, Backend
 from .recording import Observed
 
-pytestmark = pytest.mark.anyio
-
 
 async def fetch(book: str = "atlas") -> str:
     """Succeed."""

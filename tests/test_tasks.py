@@ -30,8 +30,6 @@ from fastapi_tasks import (
     current_task,
 )
 
-pytestmark = pytest.mark.anyio
-
 
 class SpoiltError(Exception):
     """What goes wrong in this module's kitchen."""

@@ -19,9 +19,11 @@ from .errors import (
     NoCurrentTaskError,
     SupervisorStateError,
     TaskCancelledError,
+    TaskFailedError,
     TaskNotFinishedError,
     UninitializedReason,
     UnsupportedFastAPIError,
+    WrongEventLoopError,
 )
 from .observer import TaskEvent, TaskEventKind, TaskObserver
 from .routing import Tasks, TasksRoute, get_tasks
@@ -46,6 +48,7 @@ __all__ = [
     "TaskErrorHandler",
     "TaskEvent",
     "TaskEventKind",
+    "TaskFailedError",
     "TaskNotFinishedError",
     "TaskObserver",
     "TaskStatus",
@@ -55,6 +58,7 @@ __all__ = [
     "TasksScheduler",
     "UninitializedReason",
     "UnsupportedFastAPIError",
+    "WrongEventLoopError",
     "add_tasks",
     "current_task",
     "get_supervisor",

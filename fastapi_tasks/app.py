@@ -134,8 +134,13 @@ class TasksMiddleware:
                 await send(message)
             except OSError:
                 # https://asgi.readthedocs.io/en/latest/specs/www.html#disconnected-client-send-exception
-                connection.client_gone = True
+                if scope["type"] == "websocket":
+                    connection.peer_left()
+                else:
+                    connection.client_gone = True
                 raise
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                connection.sent = True
 
         try:
             await self._app(scope, receive, sending)
@@ -190,7 +195,7 @@ class TasksMiddleware:
 
     def _open(self, scope: Scope) -> Connection:
         outer = connection_of(scope)
-        if outer is None:
+        if outer is None or outer.supervisor is self._supervisor:
             connection = Connection(self._supervisor, self._supervisor.settings.config)
         else:
             self._note_mounted()
@@ -214,14 +219,15 @@ class TasksMiddleware:
 
 def _require_fastapi(app: object) -> None:
     if not isinstance(app, FastAPI):
+        got = f"the class {app.__name__}" if isinstance(app, type) else type(app).__name__
         raise AddTasksError(
-            f"expected a FastAPI app, got {type(app).__name__}",
+            f"expected a FastAPI app, got {got}",
             instead="add_tasks(app)  # app = FastAPI()",
         )
 
 
 def _supervisor_of(app: FastAPI) -> Supervisor | None:
-    return getattr(app.state, _STATE, None)
+    return getattr(getattr(app, "state", None), _STATE, None)
 
 
 def _tasks_route_class(route_class: type[APIRoute]) -> type[APIRoute]:

@@ -36,7 +36,7 @@ class TaskHome(TaskOwner, Protocol):
         """Start a task, from any thread."""
         ...
 
-    def drop(self, task: Task, reason: str) -> None:
+    def drop(self, task: Task, reason: str, *, expected: bool = False) -> None:
         """Give up a task that has not begun, from any thread."""
         ...
 

@@ -11,6 +11,7 @@ from typing import Any
 from .errors import InvalidTaskError
 
 __all__ = [
+    "discard",
     "is_async",
     "is_coroutine_endpoint",
     "is_generator",
@@ -32,10 +33,11 @@ def is_async(func: object) -> bool:
     if not callable(func):
         raise _not_a_function(func)
     if is_generator(func):
-        name = qualified_name(func)
+        name = _short_name(_impartial(func))
+        loop = "for" if inspect.isgeneratorfunction(_called(func)) else "async for"
         raise InvalidTaskError(
             f"the generator function {name}, whose body only runs when it is iterated over",
-            instead=f"a function that iterates: async for item in {name}(...): ...",
+            instead=f"schedule(consume, ...)  # a function with {loop} item in {name}(...): ...",
         )
     return inspect.iscoroutinefunction(_called(func))
 
@@ -90,26 +92,40 @@ def _called(func: Callable[..., object]) -> Callable[..., object]:
     return target if inspect.isclass(target) or inspect.isroutine(target) else target.__call__
 
 
-def qualified_name(func: object) -> str:
+def qualified_name(func: Callable[..., object]) -> str:
     """Return what a callable is called in logs: its qualified name, or its class's.
 
     :param func: the callable; a ``functools.partial`` is looked through
     """
-    while isinstance(func, functools.partial):
-        func = func.func
+    func = _impartial(func)
     name = getattr(func, "__qualname__", None)
     return name if isinstance(name, str) else type(func).__qualname__
 
 
+def discard(value: object) -> None:
+    """Close what was given by mistake, if it is a coroutine.
+
+    That it was never awaited would be warned about too, and far from here.
+
+    :param value: anything
+    """
+    if inspect.iscoroutine(value):
+        value.close()
+
+
+def _short_name(func: object) -> str:
+    return getattr(func, "__name__", type(func).__name__)
+
+
 def _not_a_function(func: object) -> InvalidTaskError:
     if inspect.iscoroutine(func):
-        name = qualified_name(func)
-        # Its never having been awaited would be warned about a second time, far from here.
-        func.close()
+        discard(func)
+        name = _short_name(func)
         return InvalidTaskError(
             f"a coroutine, the result of calling {name}",
             instead=f"schedule({name}, ...)  # the function, not its call",
         )
     return InvalidTaskError(
-        f"{type(func).__name__}, which cannot be called", instead="schedule(send_receipt, order.id)"
+        f"{type(func).__name__}, which cannot be called",
+        instead="schedule(send_receipt, order.id)",
     )

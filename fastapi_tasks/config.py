@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
-from .callables import is_async, is_generator, parts
+from .callables import discard, is_async, is_generator, parts
 from .errors import InvalidSettingError, InvalidTaskError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class TaskConfig:
                 instead="TaskConfig(shield=True)",
             )
         if self.on_error is not None and not _is_function(self.on_error):
+            discard(self.on_error)
             raise InvalidSettingError(
                 "on_error",
                 self.on_error,
@@ -217,11 +218,15 @@ def task(config: TaskConfig | None = None, /, **fields: Any) -> Callable[[_FuncT
     policy = as_config(config, fields)
 
     def decorate(func: _FuncT) -> _FuncT:
+        target: Any = func
+        if isinstance(target, staticmethod | classmethod):
+            target = cast(Any, target).__func__  # what is found on the class in their place
+        is_async(target)
         try:
-            setattr(func, _POLICY, policy)
+            setattr(target, _POLICY, policy)
         except AttributeError:
             raise InvalidTaskError(
-                f"{type(func).__name__}, which cannot carry a configuration",
+                f"a {type(func).__name__}, which cannot carry a configuration",
                 instead="tasks.task(shield=True).schedule(func)",
             ) from None
         return func

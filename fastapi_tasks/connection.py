@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import anyio
 from fastapi.exceptions import ResponseValidationError
@@ -23,6 +23,7 @@ from .config import TaskConfig
 from .errors import UnsupportedFastAPIError
 from .scheduler import TasksScheduler
 from .supervisor import Supervisor
+from .tasks import enter, find_current_task, leave
 
 __all__ = [
     "Connection",
@@ -31,6 +32,8 @@ __all__ = [
     "current_connection",
     "leave_outer_connection",
 ]
+
+T = TypeVar("T")
 
 _KEY = "fastapi_tasks"
 
@@ -47,9 +50,11 @@ class Connection:
         "client_gone",
         "config",
         "endpoint",
+        "is_over",
         "response",
         "returned",
         "scheduler",
+        "sent",
         "supervisor",
     )
 
@@ -66,6 +71,10 @@ class Connection:
         """What it has returned, if that was a response: a copy, which may be changed."""
         self.client_gone = False
         """Whether the server refused to send, or said that the peer has disconnected."""
+        self.sent = False
+        """Whether the server has taken the last of the response."""
+        self.is_over = False
+        """Whether FastAPI has closed the request's dependencies."""
         self._failed = False
 
     def take_scheduler(self, scope: Scope) -> TasksScheduler:
@@ -76,7 +85,7 @@ class Connection:
         """
         scheduler = self.scheduler
         if scheduler is not None:
-            if not self._failed:
+            if not self._failed or self.is_over:
                 return scheduler
             # A route class that had a failed attempt gives it another one, with moments of its own.
             self.close()
@@ -84,6 +93,10 @@ class Connection:
         self.supervisor.require_running()
         request_stack, function_stack = exit_stacks(scope)
         scheduler = self.scheduler = TasksScheduler(self.supervisor, self.config)
+        task = find_current_task()
+        if task is not None:
+            # The request was made from within a task, and is not a part of it.
+            request_stack.callback(_restore, leave, enter(None))
         request_stack.push(functools.partial(self._exit_request_stack, _current.set(self)))
         if self.endpoint is None:
             function_stack.push(self._exit_function_stack)
@@ -153,13 +166,14 @@ class Connection:
         traceback: TracebackType | None,
     ) -> None:
         """Be the safety net under every way in which a response can end."""
-        _restore(token)
+        _restore(_current.reset, token)
+        self.is_over = True
         if self._is_failure(exc):
             self._failed = True
         self.response_over()
 
     def _is_failure(self, exc: BaseException | None) -> bool:
-        if exc is None or self.client_gone or isinstance(exc, WebSocketDisconnect):
+        if exc is None or self.sent or self.client_gone or isinstance(exc, WebSocketDisconnect):
             return False
         # Whoever cancels a response that is being sent, takes nothing back of what the endpoint
         # has done: a middleware does so when its client has left.
@@ -181,14 +195,14 @@ def leave_outer_connection(scope: Scope) -> None:
     """
     if _current.get() is not None:
         request_stack, _ = exit_stacks(scope)
-        request_stack.callback(_restore, _current.set(None))
+        request_stack.callback(_restore, _current.reset, _current.set(None))
 
 
-def _restore(token: Token[Connection | None]) -> None:
-    # A route class may run its handler in a task of its own. Then the context, in which the
-    # connection was the current one, is gone by itself.
+def _restore(reset: Callable[[Token[T]], None], token: Token[T]) -> None:
+    # A route class may run its handler in a task of its own. Then the context in which the
+    # variable was set is gone by itself.
     with suppress(ValueError):
-        _current.reset(token)
+        reset(token)
 
 
 def connection_of(scope: Scope) -> Connection | None:

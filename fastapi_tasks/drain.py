@@ -11,7 +11,7 @@ import anyio
 
 from .live import LiveTasks
 from .observer import Observers, TaskEvent, TaskEventKind
-from .tasks import Task, TaskStatus
+from .tasks import Task, TaskStatus, is_over
 
 __all__ = ["Drain", "DrainPlan", "DrainReport"]
 
@@ -161,8 +161,7 @@ class Drain:
 
     def _cancel(self, *, shielded: bool | None = None) -> None:
         live = self._live.tasks(shielded=shielded)
-        # Once is enough: a second cancellation would break into the cleaning up.
-        tasks = tuple(task for task in live if task.cancel_reason != _REASON)
+        tasks = tuple(task for task in live if not _is_ending(task))
         if tasks:
             self._tell(TaskEventKind.DRAIN_CANCELLING, tasks)
             self._live.cancel(tasks, _REASON)
@@ -176,3 +175,10 @@ class Drain:
 
     def _tell(self, kind: TaskEventKind, tasks: tuple[Task, ...]) -> None:
         self._observers.tell(TaskEvent(kind, tasks))
+
+
+def _is_ending(task: Task) -> bool:
+    """Return whether a task was cancelled before; once more would break into its cleaning up."""
+    if is_over(task):  # its error handler runs, which an earlier cancellation did not reach
+        return task.cancel_reason == _REASON
+    return task.cancel_reason != ""

@@ -10,8 +10,10 @@
     ├── NoCurrentTaskError                  there is no current task here (a LookupError)
     ├── SupervisorStateError                a supervisor was started or drained at the wrong time
     ├── TaskCancelledError                  the result of a cancelled task was asked for
+    ├── TaskFailedError                     the task ended with what must not end its caller
     ├── TaskNotFinishedError                the result was asked for before there was one
-    └── UnsupportedFastAPIError             this FastAPI lacks what the package stands on
+    ├── UnsupportedFastAPIError             what the package stands on is not there
+    └── WrongEventLoopError                 waiting takes place in another event loop
 
 Each class builds its message from data: what came, what was expected, what to write instead.
 """
@@ -30,14 +32,24 @@ __all__ = [
     "NoCurrentTaskError",
     "SupervisorStateError",
     "TaskCancelledError",
+    "TaskFailedError",
     "TaskNotFinishedError",
     "UninitializedReason",
     "UnsupportedFastAPIError",
+    "WrongEventLoopError",
 ]
 
 
 class FastAPITasksError(Exception):
     """The base of all errors of this package."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are copied by their arguments, which here are the message alone.
+        return _copy, (type(self), self.args), self.__dict__
+
+
+def _copy(kind: type[FastAPITasksError], args: tuple[Any, ...]) -> FastAPITasksError:
+    return kind.__new__(kind, *args)
 
 
 class UninitializedReason(Enum):
@@ -113,14 +125,18 @@ class InvalidTaskError(FastAPITasksError, TypeError):
     """What was given to ``schedule`` cannot be run as a task.
 
     :param got: what came, described without its arguments
+    :param expected: what was expected
     :param instead: the line to write instead
     """
 
-    def __init__(self, got: str, *, instead: str) -> None:
-        super().__init__(
-            f"schedule() takes a function, and its arguments beside it; got {got}. "
-            f"Write instead: {instead}"
-        )
+    def __init__(
+        self,
+        got: str,
+        *,
+        expected: str = "a function, and its arguments beside it",
+        instead: str,
+    ) -> None:
+        super().__init__(f"Expected {expected}; got {got}. Write instead: {instead}")
 
 
 class NoCurrentTaskError(FastAPITasksError, LookupError):
@@ -161,6 +177,19 @@ class TaskCancelledError(FastAPITasksError):
         )
 
 
+class TaskFailedError(FastAPITasksError):
+    """The task raised what is no ``Exception``: whoever waits for it must not be ended by it.
+
+    What the function raised is the error's ``__cause__``, and ``task.exception()``.
+
+    :param task: the task
+    :param error: what it raised, ``SystemExit`` for example
+    """
+
+    def __init__(self, task: Any, error: BaseException) -> None:
+        super().__init__(f"{task.name} ({task.id}) ended with {type(error).__name__}")
+
+
 class TaskNotFinishedError(FastAPITasksError):
     """The task has neither a result nor an error yet.
 
@@ -175,14 +204,29 @@ class TaskNotFinishedError(FastAPITasksError):
 
 
 class UnsupportedFastAPIError(FastAPITasksError):
-    """This FastAPI does not offer what the package stands on.
+    """What the package stands on is not there: no FastAPI route, or one of another FastAPI.
 
     :param missing: what was looked for
     """
 
     def __init__(self, missing: str) -> None:
         super().__init__(
-            f"This version of FastAPI does not provide {missing}, which fastapi_tasks needs to "
-            "know when a route and its response are over. Install a supported one: "
+            f"There is no {missing}, by which fastapi_tasks knows when a route and its response "
+            "are over. Outside of FastAPI's routes, in a middleware for example, schedule on "
+            "get_supervisor(app). Inside of one, install a supported FastAPI: "
             "pip install 'fastapi>=0.128'"
+        )
+
+
+class WrongEventLoopError(FastAPITasksError, RuntimeError):
+    """A task was waited for outside of the event loop that runs it.
+
+    :param task: the task
+    """
+
+    def __init__(self, task: Any) -> None:
+        super().__init__(
+            f"{task.name} ({task.id}) runs in another event loop, where it can be waited for: "
+            "anyio.from_thread.run(task.wait) from a worker thread, "
+            "client.portal.call(task.wait) beside a TestClient"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 from .spawn import Spawner
@@ -19,7 +19,9 @@ class Inbox:
     """
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        # Whatever holds it may be interrupted by the garbage collector, and that by a __del__ that
+        # schedules a task.
+        self._lock = RLock()
         self._calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
         self._spawner: Spawner | None = None
 
@@ -32,7 +34,7 @@ class Inbox:
             self._spawner = spawner
 
     def put(self, func: Callable[..., object], *args: object) -> bool:
-        """Ask for a call, from any thread.
+        """Ask for a call, from any thread and at any time.
 
         :return: whether it was accepted; it is not while the inbox or its event loop is closed
         """

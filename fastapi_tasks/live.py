@@ -40,7 +40,8 @@ class LiveTasks:
         """
         return tuple(
             task
-            for task in self._tasks.values()
+            # A copy, since threads ask for it too, in the middle of the loop's changes.
+            for task in self._tasks.copy().values()
             if (shielded is None or task.config.shielded is shielded) and not _has_ended(task)
         )
 
@@ -120,13 +121,22 @@ def _has_ended(task: Task) -> bool:
     return is_over(task) and not may_handle
 
 
-def give_up(task: Task, kind: TaskEventKind, reason: str, observers: Observers) -> None:
+def give_up(
+    task: Task,
+    kind: TaskEventKind,
+    reason: str,
+    observers: Observers,
+    *,
+    expected: bool = False,
+) -> None:
     """Settle a task that has not begun and never will.
 
     :param task: a pending task
     :param kind: whether it was cancelled or dropped
     :param reason: why, for the record
     :param observers: who is told
+    :param expected: whether that is what its configuration asks for
     """
     settle(task, TaskStatus.CANCELLED)
-    observers.tell(TaskEvent(kind, (task,), reason=reason))
+    task.context = None
+    observers.tell(TaskEvent(kind, (task,), reason=reason, expected=expected))

@@ -50,6 +50,8 @@ class TaskEvent:
     """What the function or its error handler raised."""
     reason: str = ""
     """Why the task was cancelled or dropped."""
+    expected: bool = False
+    """Whether the task was dropped because its ``run_if`` asks for that."""
     report: DrainReport | None = None
     """What came of the drain, when it has finished."""
 
@@ -116,7 +118,8 @@ def keep_log(event: TaskEvent) -> None:
         case TaskEventKind.HANDLER_FAILED:
             _log_task(logging.ERROR, "on_error of task %s failed", event)
         case TaskEventKind.DROPPED:
-            _log_task(logging.WARNING, "Task %s was dropped: %s", event, event.reason)
+            level = logging.DEBUG if event.expected else logging.WARNING
+            _log_task(level, "Task %s was dropped: %s", event, event.reason)
         case TaskEventKind.CANCELLED:
             # One that comes with an error was not asked for by anybody.
             level = logging.INFO if event.error is None else logging.WARNING

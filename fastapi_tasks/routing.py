@@ -44,7 +44,8 @@ async def get_tasks(connection: HTTPConnection) -> TasksScheduler:
     In tests, ``app.dependency_overrides[get_tasks]`` puts another one in its place.
 
     :param connection: the request or WebSocket
-    :return: the same one, however often it is asked for in a request
+    :return: the same one, however often it is asked for in a request; the batches of another
+        one, that an override returns, are released by nobody but the test
     :raises FastAPITasksUninitializedAppError: there is no ``add_tasks``, or the app's lifespan
         is not running
     """
@@ -52,9 +53,10 @@ async def get_tasks(connection: HTTPConnection) -> TasksScheduler:
     served = connection_of(scope)
     if served is None:
         raise FastAPITasksUninitializedAppError(UninitializedReason.NO_ADD_TASKS)
+    scheduler = served.take_scheduler(scope)
     if served.endpoint is None:
         _note_plain_route(scope)
-    return served.take_scheduler(scope)
+    return scheduler
 
 
 Tasks: TypeAlias = Annotated[TasksScheduler, Depends(get_tasks)]
@@ -80,19 +82,23 @@ class TasksRoute(APIRoute):
         async def handle(request: Request) -> Response:
             leave_outer_connection(request.scope)
             connection = connection_of(request.scope)
+            outer = None
             if connection is not None:
-                connection.endpoint = endpoint
+                outer, connection.endpoint = connection.endpoint, endpoint
             try:
                 response = await handler(request)
+                if connection is None or connection.scheduler is None:
+                    return response
+                return await _release_after(response, connection)
             except BaseException as error:
                 if connection is not None:
                     connection.endpoint_over(failed=True)
                 if isinstance(error, ValidationException):
                     _name_users_file(error, endpoint)
                 raise
-            if connection is None or connection.scheduler is None:
-                return response
-            return await _release_after(response, connection)
+            finally:
+                if connection is not None and outer is not None:
+                    connection.endpoint = outer  # which has the app's router answer for it
 
         return handle
 
@@ -128,6 +134,7 @@ async def _release_after(response: Response, connection: Connection) -> Response
         await _give_turn(connection)
     if response is not connection.response:
         response = copy.copy(response)
+    connection.response = None  # tasks may keep the connection for long
     response.background = _AfterResponse(connection, response.background)
     return response
 

@@ -19,7 +19,17 @@ import anyio.to_thread
 from .callables import is_async
 from .observer import Observers, TaskEvent, TaskEventKind
 from .spawn import Spawner
-from .tasks import Task, TaskErrorHandler, TaskStatus, begin, enter, is_over, leave, settle
+from .tasks import (
+    Task,
+    TaskErrorHandler,
+    TaskStatus,
+    begin,
+    enter,
+    find_current_task,
+    is_over,
+    leave,
+    settle,
+)
 
 __all__ = ["BY_OTHERS", "Runner"]
 
@@ -76,11 +86,18 @@ class Runner:
 
     async def call(self, task: Task) -> Any:
         """Run a task's function again, in the caller, and return what it returns."""
+        is_own = find_current_task() is task
         token = enter(task)
         try:
             if task.is_async:
                 return await task.func(*task.args, **task.kwargs)
-            return await self._run_in_thread(task, _call_of(task))
+            if is_own:
+                return await self._run_in_thread(task, _call_of(task))
+            # Somebody else calls it: the task's own cancellation has nothing to do with that.
+            (result,) = await anyio.to_thread.run_sync(
+                _call_and_box, _call_of(task), limiter=self._threads
+            )
+            return await result if inspect.isawaitable(result) else result
         finally:
             leave(token)
 
@@ -109,7 +126,7 @@ class Runner:
         return result
 
     def _deliver_cancellation(self, task: Task) -> None:
-        if task.cancel_pending:
+        if task.cancel_pending and not task.in_threads:
             task.cancel_pending = False
             self._spawner.cancel(task.handle)
 
@@ -128,7 +145,6 @@ class Runner:
         somebody_waits = self._fail(task, error)
         handler = task.config.on_error
         if handler is not None and isinstance(error, Exception):
-            task.cancel_pending = False  # it was the function's, as all that came before
             with self._spawner.renewed(task.handle):
                 await self._handle(task, error, handler, somebody_waits=somebody_waits)
 

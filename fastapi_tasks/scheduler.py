@@ -21,11 +21,10 @@ class TasksBatch(BoundTasks):
     :param inherited: the app's configuration
     """
 
-    __slots__ = ("_failed", "_supervisor", "_waiting")
+    __slots__ = ("_failed", "_waiting")
 
     def __init__(self, supervisor: Supervisor, inherited: TaskConfig) -> None:
         super().__init__(supervisor, inherited, INHERIT_ALL)
-        self._supervisor = supervisor
         self._waiting: deque[Task] = deque()
         self._failed: bool | None = None
 
@@ -51,11 +50,11 @@ class TasksBatch(BoundTasks):
     def _start_or_drop(self, task: Task, *, failed: bool) -> bool:
         run_if = task.config.run_if or "success"
         if run_if == "always" or (run_if == "error") is failed:
-            self._supervisor.submit(task)
+            self._home.submit(task)
             return True
         outcome = "failed" if failed else "succeeded"
         reason = f'the request {outcome}, and the task has run_if="{run_if}"'
-        self._supervisor.drop(task, reason)
+        self._home.drop(task, reason, expected=run_if == "error")
         return False
 
     def _place(self, task: Task) -> None:
@@ -115,5 +114,5 @@ class TasksScheduler(ImmediateTasks):
             self.owes_turn = True
 
     def _place(self, task: Task) -> None:
-        self._supervisor.submit(task)
+        self._home.submit(task)
         self.owes_turn = True

@@ -8,11 +8,14 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import copy_context
 from enum import Enum, auto
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
+
+import anyio
 
 from .bound import ImmediateTasks
 from .config import INHERIT_ALL, SupervisorSettings, TaskConfig, as_tuple
@@ -91,7 +94,8 @@ class Supervisor(ImmediateTasks):
         self._numbers = itertools.count(1)
         self._state = _State.NEW
         self._run_id = _new_run_id()
-        self._spawner: Spawner
+        self._spawner: Spawner | None = None
+        self._runner: Runner | None = None
         self._inbox = Inbox()
         self._thread: int | None = None
         self._live: LiveTasks | None = None
@@ -130,33 +134,48 @@ class Supervisor(ImmediateTasks):
         """
         if get_ident() == self._thread:
             self._admit(task)
-        else:
-            self._in_loop(self._admit, task)
+        elif not self._inbox.put(self._admit, task):
+            self._drop(task, _REFUSALS.get(self._state, _LOST))
 
-    def drop(self, task: Task, reason: str) -> None:
+    def drop(self, task: Task, reason: str, *, expected: bool = False) -> None:
         """Give up a task that has not begun, from any thread.
 
         :param task: one that has not been started
         :param reason: why, for the record
+        :param expected: whether that is what its configuration asks for
         """
-        if get_ident() == self._thread:
-            self._drop(task, reason)
-        else:
-            self._in_loop(self._drop, task, reason)
+        if not self._is_handed_over(self._drop, task, reason, expected):
+            self._drop(task, reason, expected)
 
     def cancel(self, task: Task) -> bool:
         """Do what :meth:`Task.cancel` says."""
-        if is_over(task):
+        if is_over(task) or task.abandoned:
             return False
-        if get_ident() == self._thread:
+        if not self._is_handed_over(self._cancel_one, task):
             self._cancel_one(task)
-        else:
-            self._in_loop(self._cancel_one, task)
         return True
 
     async def call(self, task: Task) -> Any:
-        """Do what :meth:`Task.__call__` says."""
+        """Do what :meth:`Task.__call__` says.
+
+        :raises FastAPITasksUninitializedAppError: the supervisor was never started
+        """
+        if self._runner is None:
+            raise FastAPITasksUninitializedAppError(UninitializedReason.NOT_STARTED)
         return await self._runner.call(task)
+
+    def in_other_loop(self) -> bool:
+        """Return whether the caller runs in another thread than the event loop of the tasks."""
+        return self._thread is not None and get_ident() != self._thread
+
+    def wake(self, event: anyio.Event) -> None:
+        """Set an event in the event loop of the tasks, from any thread."""
+        if self._spawner is None or get_ident() == self._thread:
+            event.set()
+            return
+        # Its loop may be closed, and then nobody is left to be woken up.
+        with suppress(RuntimeError):
+            self._spawner.call_soon(event.set)
 
     @property
     def running(self) -> tuple[Task, ...]:
@@ -180,10 +199,12 @@ class Supervisor(ImmediateTasks):
 
     async def turn(self) -> None:
         """Let every task that was started before run to its first await."""
+        assert self._spawner is not None
         await self._spawner.turn()
 
     def turn_from_thread(self) -> None:
         """Do the same from a worker thread that the event loop waits for."""
+        assert self._spawner is not None
         self._spawner.turn_from_thread()
 
     # From start to drain
@@ -194,7 +215,7 @@ class Supervisor(ImmediateTasks):
         :raises SupervisorStateError: the supervisor is running already
         """
         if self._state not in (_State.NEW, _State.STOPPED):
-            if not self._spawner.is_closed():
+            if self._spawner is not None and not self._spawner.is_closed():
                 raise SupervisorStateError("start() was called while the supervisor is running")
             self._lose_loop()
         self._run_id = _new_run_id()
@@ -203,7 +224,7 @@ class Supervisor(ImmediateTasks):
         self._live = LiveTasks(self._spawner, self._runner, self._observers)
         self._thread = get_ident()
         self._state = _State.RUNNING
-        self._inbox.open(self._spawner)
+        self._inbox.open(self._spawner)  # last: until then, threads have their tasks dropped
 
     async def drain(self) -> DrainReport:
         """Stop taking unshielded tasks, see all tasks to their end, and stop.
@@ -247,10 +268,9 @@ class Supervisor(ImmediateTasks):
     def _place(self, task: Task) -> None:
         self.submit(task)
 
-    def _in_loop(self, func: Callable[..., object], *args: object) -> None:
-        if not self._inbox.put(func, *args):
-            # There is no loop that could do it, so there is none to get in the way of either.
-            func(*args)
+    def _is_handed_over(self, func: Callable[..., object], *args: object) -> bool:
+        """Hand a call to the event loop, unless this is its thread or there is none that runs."""
+        return get_ident() != self._thread and self._inbox.put(func, *args)
 
     def _admit(self, task: Task) -> None:
         if is_over(task):
@@ -265,18 +285,17 @@ class Supervisor(ImmediateTasks):
         else:
             self._drop(task, _REFUSALS[state])
 
-    def _drop(self, task: Task, reason: str) -> None:
+    def _drop(self, task: Task, reason: str, expected: bool = False) -> None:
         if is_over(task):
             return  # cancelled before its moment came
-        give_up(task, TaskEventKind.DROPPED, reason, self._observers)
-        task.context = None
+        give_up(task, TaskEventKind.DROPPED, reason, self._observers, expected=expected)
         if self._drain is not None:
             self._drain.note_over(task)
 
     def _cancel_one(self, task: Task) -> None:
         if is_over(task):
             return  # it ended while another thread asked for this
-        if task.handle is None:
+        if task.handle is None:  # it waits for its moment
             give_up(task, TaskEventKind.CANCELLED, _BY_USER, self._observers)
         else:
             assert self._live is not None

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextvars import Context, ContextVar, Token
 from enum import StrEnum
+from threading import Lock
 from typing import Any, Generic, Protocol, TypeAlias, cast
 
 import anyio
@@ -20,7 +21,13 @@ from typing_extensions import ParamSpec, TypeVar
 
 from .callables import qualified_name
 from .config import TaskConfig
-from .errors import NoCurrentTaskError, TaskCancelledError, TaskNotFinishedError
+from .errors import (
+    NoCurrentTaskError,
+    TaskCancelledError,
+    TaskFailedError,
+    TaskNotFinishedError,
+    WrongEventLoopError,
+)
 
 __all__ = [
     "Task",
@@ -56,6 +63,8 @@ _PENDING = TaskStatus.PENDING
 _RUNNING = TaskStatus.RUNNING
 _CANCELLED = TaskStatus.CANCELLED
 
+_making_events = Lock()
+
 
 class TaskOwner(Protocol):
     """What a task needs from whoever runs it."""
@@ -66,6 +75,14 @@ class TaskOwner(Protocol):
 
     async def call(self, task: Task) -> Any:
         """Run the task's function again, in the caller, and return what it returns."""
+        ...
+
+    def in_other_loop(self) -> bool:
+        """Return whether the caller runs in another event loop than tasks do."""
+        ...
+
+    def wake(self, event: anyio.Event) -> None:
+        """Set an event in the loop in which it is waited for, from any thread."""
         ...
 
 
@@ -166,13 +183,14 @@ class Task(Generic[P, T_co]):
     @property
     def started(self) -> anyio.Event:
         """Is set when the function begins to run; never for a task that is dropped before."""
-        event = self._started
-        if event is None:
-            event = self._started = anyio.Event()
-            # After the assignment: the loop may begin the task between the two, in another
-            # thread, and then one of both sees what the other did.
-            if self._attempt:
-                event.set()
+        with _making_events:  # two threads may look at once, at one event
+            event = self._started
+            if event is None:
+                event = self._started = anyio.Event()
+                # After the assignment: the loop may begin the task between the two, and then
+                # one of both sees what the other did.
+                if self._attempt:
+                    event.set()
         return event
 
     def result(self) -> T_co:
@@ -180,15 +198,14 @@ class Task(Generic[P, T_co]):
 
         :raises TaskNotFinishedError: the task is pending or running
         :raises TaskCancelledError: the task was cancelled or dropped
-        :raises BaseException: what the function raised, if the task has failed
+        :raises Exception: what the function raised, if the task has failed
+        :raises TaskFailedError: the function raised something that is no ``Exception``
         """
         if not is_over(self):
             raise TaskNotFinishedError(self)
         if self._status is _CANCELLED:
             raise TaskCancelledError(self)
-        if self._error is not None:
-            raise self._error
-        return cast(T_co, self._result)
+        return self._outcome()
 
     def exception(self) -> BaseException | None:
         """Return what the function raised, ``None`` if the task succeeded or was cancelled.
@@ -217,17 +234,35 @@ class Task(Generic[P, T_co]):
         returns ``None``. Where that makes a difference, look at :attr:`status`, or ask for
         :meth:`result` after waiting, which raises for such a task.
 
-        :raises BaseException: what the function raised, if the task has failed
+        :raises Exception: what the function raised, if the task has failed
+        :raises TaskFailedError: the function raised something that is no ``Exception``
+        :raises WrongEventLoopError: the caller runs in another event loop than the task
         """
         if is_over(self):
             await anyio.lowlevel.checkpoint()
-        else:
-            if self._finished is None:
-                self._finished = anyio.Event()
-            await self._finished.wait()
-        if self._error is not None:
-            raise self._error
-        return cast(T_co, self._result)
+            return self._outcome()
+        if self._owner.in_other_loop():
+            raise WrongEventLoopError(self)
+        event = self._finished
+        if event is None:
+            event = self._finished = anyio.Event()
+        # Looked at again after the assignment: another thread may drop the task between the two,
+        # and then one of both sees what the other did.
+        if not is_over(self):
+            await event.wait()
+        return self._outcome()
+
+    def _outcome(self) -> T_co:
+        error = self._error
+        if error is None:
+            return cast(T_co, self._result)
+        try:
+            if isinstance(error, Exception):
+                raise error
+            # SystemExit would end the server with the one who waits.
+            raise TaskFailedError(self, error) from error
+        finally:
+            del error  # its traceback refers to this frame
 
     async def __call__(self) -> T_co:
         """Run the function again, here, with the same arguments, and return what it returns.
@@ -247,12 +282,12 @@ class Task(Generic[P, T_co]):
 TaskErrorHandler: TypeAlias = Callable[[Task[..., Any], Exception], Awaitable[None] | None]
 """What ``on_error`` takes: a function of the task and its error, sync or async."""
 
-_current: ContextVar[Task] = ContextVar("fastapi_tasks_current_task")
+_current: ContextVar[Task | None] = ContextVar("fastapi_tasks_current_task", default=None)
 
 
 def find_current_task() -> Task | None:
     """Return the task that the caller runs in, or ``None``."""
-    return _current.get(None)
+    return _current.get()
 
 
 def current_task() -> Task:
@@ -271,12 +306,12 @@ def owner_of(task: Task) -> TaskOwner:
     return task._owner
 
 
-def enter(task: Task) -> Token[Task]:
-    """Make a task the current one of the calling context."""
+def enter(task: Task | None) -> Token[Task | None]:
+    """Make a task the current one of the calling context, or none of them."""
     return _current.set(task)
 
 
-def leave(token: Token[Task]) -> None:
+def leave(token: Token[Task | None]) -> None:
     """Take back what :func:`enter` did."""
     _current.reset(token)
 
@@ -297,14 +332,16 @@ def is_over(task: Task) -> bool:
 def settle(
     task: Task, status: TaskStatus, *, result: object = None, error: BaseException | None = None
 ) -> bool:
-    """Note that the task is over, and wake up whoever waits for it. In the loop's thread only.
+    """Note that the task is over, and wake up whoever waits for it.
 
     :return: whether anybody was waiting
     """
+    task.cancel_pending = False
     task._result = result
     task._error = error
     task._status = status
-    if task._finished is None:
+    event = task._finished
+    if event is None:
         return False
-    task._finished.set()
+    task._owner.wake(event)
     return True

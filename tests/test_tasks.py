@@ -861,7 +861,7 @@ SYNC_GENERATORS: list[Any] = [(crumble, "crumble"), (Sieve(), "Sieve")]
 ASYNC_GENERATORS: list[Any] = [
     (drip, "drip"),
     (functools.partial(drip), "drip"),
-    (Sieve().sift, "Sieve.sift"),
+    (Sieve().sift, "sift"),
 ]
 
 
@@ -873,6 +873,8 @@ async def test_a_generator_function_is_refused(function: Callable[..., Any], nam
 
     assert f"the generator function {name}" in str(caught.value)
     assert f"{name}(...)" in str(caught.value).partition("Write instead:")[2]
+    loop = "async for" if function in (pair[0] for pair in ASYNC_GENERATORS) else "with for"
+    assert loop in str(caught.value)
 
 
 @pytest.mark.parametrize("generator", [function for function, _ in ASYNC_GENERATORS])

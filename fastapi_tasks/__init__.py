@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .app import add_tasks, get_supervisor
 from .bound import BoundTasks
-from .config import TaskConfig, task
+from .config import RunIf, TaskConfig, task
 from .drain import DrainReport
 from .errors import (
     AddTasksError,
@@ -40,6 +40,7 @@ __all__ = [
     "InvalidSettingError",
     "InvalidTaskError",
     "NoCurrentTaskError",
+    "RunIf",
     "Supervisor",
     "SupervisorStateError",
     "Task",

@@ -47,10 +47,11 @@ class Connection:
 
     __slots__ = (
         "_failed",
+        "_is_closed",
+        "_request_stack",
         "client_gone",
         "config",
         "endpoint",
-        "is_over",
         "response",
         "returned",
         "scheduler",
@@ -73,9 +74,9 @@ class Connection:
         """Whether the server refused to send, or said that the peer has disconnected."""
         self.sent = False
         """Whether the server has taken the last of the response."""
-        self.is_over = False
-        """Whether FastAPI has closed the request's dependencies."""
         self._failed = False
+        self._request_stack: ExitStack | None = None
+        self._is_closed = False
 
     def take_scheduler(self, scope: Scope) -> TasksScheduler:
         """Return the scheduler, and see to it that it hears of the end of the route.
@@ -83,15 +84,14 @@ class Connection:
         :param scope: the connection's
         :raises FastAPITasksUninitializedAppError: the supervisor is not running
         """
-        scheduler = self.scheduler
-        if scheduler is not None:
-            if not self._failed or self.is_over:
-                return scheduler
-            # A route class that had a failed attempt gives it another one, with moments of its own.
-            self.close()
-            self.returned = self._failed = False
-        self.supervisor.require_running()
         request_stack, function_stack = exit_stacks(scope)
+        if self.scheduler is not None:
+            if not self._is_attempted_again(request_stack):
+                return self.scheduler
+            self.close()
+            self.returned = self._failed = self._is_closed = False
+        self.supervisor.require_running()
+        self._request_stack = request_stack
         scheduler = self.scheduler = TasksScheduler(self.supervisor, self.config)
         task = find_current_task()
         if task is not None:
@@ -167,10 +167,21 @@ class Connection:
     ) -> None:
         """Be the safety net under every way in which a response can end."""
         _restore(_current.reset, token)
-        self.is_over = True
+        self._is_closed = True
         if self._is_failure(exc):
             self._failed = True
         self.response_over()
+
+    def _is_attempted_again(self, request_stack: ExitStack) -> bool:
+        """Return whether the request is handled once more, with moments of its own.
+
+        A route class may do so within the route, after an error; a middleware around the route,
+        which then has another exit stack. An exception handler that asks for the tasks finds the
+        same one, closed.
+        """
+        if self._is_closed:
+            return request_stack is not self._request_stack
+        return self._failed
 
     def _is_failure(self, exc: BaseException | None) -> bool:
         if exc is None or self.sent or self.client_gone or isinstance(exc, WebSocketDisconnect):

@@ -65,7 +65,8 @@ class Supervisor(ImmediateTasks):
     :param config: the configuration of every task whose function or call does not say otherwise
     :param observers: functions that are told what happens, after the log
     :param grace: seconds that a drain leaves all tasks to end by themselves, before it cancels
-        the unshielded ones; 0 by default
+        the unshielded ones; 0 by default. The last 5 seconds of ``shutdown_timeout``, or its
+        second half if that is shorter, are for cleaning up, however long the grace
     :param shutdown_timeout: seconds within which a drain is over, counted from its start,
         whatever still runs; ``None``, the default: it waits for shielded tasks without end
     :param threads: how many sync tasks run at once; 40 by default

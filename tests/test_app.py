@@ -20,6 +20,8 @@ from fastapi_tasks import (
     FastAPITasksUninitializedAppError,
     SupervisorStateError,
     TaskConfig,
+    TaskEvent,
+    TaskEventKind,
     Tasks,
     TasksRoute,
     TaskStatus,
@@ -31,7 +33,6 @@ from fastapi_tasks import (
 )
 
 from . import asgi
-from .recording import Observed
 
 
 async def deliver() -> str:
@@ -119,6 +120,13 @@ def test_a_second_call_with_other_arguments_is_an_error() -> None:
 def test_it_takes_fastapi_apps_only(wrong: Any) -> None:
     """A router or another framework's app would fail much later, and less clearly."""
     with pytest.raises(AddTasksError, match=rf"got {type(wrong).__name__}.*add_tasks\(app\)"):
+        add_tasks(wrong)
+
+
+def test_a_class_in_the_place_of_an_app_is_told_apart() -> None:
+    """The error shows that it is the brackets that are missing."""
+    wrong: Any = FastAPI
+    with pytest.raises(AddTasksError, match=r"got the class FastAPI.*app = FastAPI\(\)"):
         add_tasks(wrong)
 
 
@@ -250,13 +258,17 @@ async def test_a_fastapi_without_its_exit_stacks_is_told_apart(missing: str) -> 
 # The lifespan
 
 
-async def test_the_supervisor_runs_while_the_apps_own_lifespan_does(observed: Observed) -> None:
+async def test_the_supervisor_runs_while_the_apps_own_lifespan_does() -> None:
     """Start-up hooks may schedule, and at shutdown nothing is closed while tasks still run."""
     is_open = False
 
     async def use_resource() -> bool:
-        await closing.wait()
+        await draining.wait()
         return is_open
+
+    def observe(event: TaskEvent) -> None:
+        if event.kind is TaskEventKind.DRAIN_STARTED:
+            draining.set()
 
     @asynccontextmanager
     async def resources(app: FastAPI) -> AsyncIterator[None]:
@@ -267,13 +279,11 @@ async def test_the_supervisor_runs_while_the_apps_own_lifespan_does(observed: Ob
         is_open = False
 
     started: list[Any] = []
-    closing = anyio.Event()
+    draining = anyio.Event()
     app = FastAPI(lifespan=resources)
-    add_tasks(app)
-    async with asgi.lifespan(app) as server, anyio.create_task_group() as group:
-        group.start_soon(server.shutdown)
-        await anyio.lowlevel.checkpoint()
-        closing.set()
+    add_tasks(app, observers=[observe])
+    async with asgi.lifespan(app):
+        await started[0].started.wait()
     assert started[0].result() is True
     assert is_open is False
 

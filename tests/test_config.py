@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import heapq
+import inspect
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, get_args
 
 import pytest
@@ -238,6 +241,16 @@ class Crane:
     async def __call__(self) -> None:
         """Be an instance's call."""
 
+    @task(name="weigh")
+    @staticmethod
+    def weigh() -> None:
+        """Be a static method."""
+
+    @task(name="build")
+    @classmethod
+    def build(cls) -> None:
+        """Be a class method."""
+
 
 @pytest.mark.parametrize(
     ("function", "name"),
@@ -247,6 +260,10 @@ class Crane:
         (functools.partial(Crane().lift), "lift"),
         (Crane(), "call"),
         (functools.partial(Crane()), "call"),
+        (Crane.weigh, "weigh"),
+        (Crane().weigh, "weigh"),
+        (Crane.build, "build"),
+        (functools.partial(Crane().build), "build"),
     ],
 )
 def test_a_policy_is_found_in_whatever_the_function_is_part_of(
@@ -260,6 +277,33 @@ def test_what_cannot_carry_a_policy_is_refused() -> None:
     """The error says how to give it at the call."""
     with pytest.raises(InvalidTaskError, match=r"tasks\.task\(shield=True\)\.schedule"):
         task(shield=True)(print)
+
+
+def swing() -> Iterator[int]:
+    """Be a generator function."""
+    yield 1
+
+
+async def sway() -> AsyncIterator[int]:
+    """Be one of the other kind."""
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("thing", "problem"),
+    [
+        (42, "got int, which cannot be called"),
+        (swing, "the generator function swing"),
+        (sway, "the generator function sway"),
+        (staticmethod(swing), "the generator function swing"),
+    ],
+)
+def test_what_is_no_task_is_refused_by_the_decorator(thing: Any, problem: str) -> None:
+    """Where it is written, and not in the first request that schedules it."""
+    with pytest.raises(InvalidTaskError) as caught:
+        task(shield=True)(thing)
+
+    assert problem in str(caught.value)
 
 
 # What is refused
@@ -339,6 +383,21 @@ def test_a_wrong_field_is_refused_where_it_is_written(
 ) -> None:
     """At once, and not at the shutdown that it was meant for."""
     expect_refusal(lambda: make(**{field: value}), field, value, kind)
+
+
+def test_a_call_in_the_place_of_a_handler_is_refused_and_cleaned_up() -> None:
+    """Nobody is warned about the coroutine, which was never awaited, a second time."""
+    handler: Any = hoist_flag
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        coroutine = handler(None, None)
+        with pytest.raises(InvalidSettingError, match=r"on_error=.*, got coroutine"):
+            TaskConfig(on_error=coroutine)
+        state = inspect.getcoroutinestate(coroutine)
+        del coroutine
+        gc.collect()
+
+    assert (state, warned) == (inspect.CORO_CLOSED, [])
 
 
 @pytest.mark.parametrize(("setting", "value", "kind"), BAD_SETTINGS)

@@ -320,6 +320,24 @@ async def test_a_task_that_withstands_every_cancellation_is_abandoned() -> None:
     assert task.status is TaskStatus.SUCCEEDED
 
 
+async def test_a_task_that_was_cancelled_before_is_left_to_its_clean_up(
+    observed: Observed,
+) -> None:
+    """The drain waits for it, and does not break in with a cancellation of its own."""
+    supervisor = Supervisor(observers=[observed])
+    ship = Ship(cleanup=3)
+    await start(supervisor, ship)
+    (task,) = supervisor.running
+    task.cancel()
+    await let_others_run()
+
+    report, seconds = await drained(supervisor)
+
+    assert (ship.cancelled_at, ship.over_at) == (pytest.approx(0), pytest.approx(3))
+    assert (report.cancelled, seconds) == ((task,), pytest.approx(3))
+    assert "drain_cancelling" not in observed.kinds()
+
+
 async def test_a_cancellation_is_the_loops_own(anyio_backend_name: str) -> None:
     """Delivered once on asyncio, where the clean-up may await, and for good on trio."""
     supervisor = Supervisor()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -406,6 +408,42 @@ async def test_a_cached_response_can_be_sent_to_two_clients_at_once(
         go_on.set()
 
     assert timeline[:2] == ["quick", "slow"]
+
+
+# A response that is returned once
+
+
+class Catalogue(Response):
+    """A response with something large on it, which its copies share."""
+
+    class Plates:
+        """What takes up the memory."""
+
+    plates: Plates
+
+
+@both_kinds
+async def test_a_long_task_does_not_keep_the_response_alive(kind: Kind, app: FastAPI) -> None:
+    """It may run for hours, and nobody needs what was sent long before."""
+    gate = anyio.Event()
+    plates: list[weakref.ref[Catalogue.Plates]] = []
+
+    @app.get("/")
+    @kind
+    def endpoint(tasks: Tasks) -> Response:
+        tasks.schedule(gate.wait)
+        catalogue = Catalogue()
+        catalogue.plates = Catalogue.Plates()
+        plates.append(weakref.ref(catalogue.plates))
+        return catalogue
+
+    async with lifespan(app):
+        await request(app, "/")
+        await let_others_run()  # the event loop still has hold of what it has just been given
+        gc.collect()
+        assert len(get_supervisor(app).running) == 1
+        assert plates[0]() is None
+        gate.set()
 
 
 # Beside what FastAPI brings

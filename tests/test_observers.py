@@ -7,7 +7,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import anyio.lowlevel
@@ -385,6 +385,29 @@ async def test_each_event_is_one_record_at_its_level(caplog: pytest.LogCaptureFi
         "WARNING Shutdown: cancelling hold",
         "INFO Task hold was cancelled: the app is shutting down",
     ]
+
+
+@pytest.mark.parametrize(
+    ("run_if", "failed", "level"),
+    [("error", False, logging.DEBUG), ("success", True, logging.WARNING)],
+)
+async def test_a_task_that_its_request_does_not_need_is_no_warning(
+    run_if: Literal["success", "error"],
+    failed: bool,
+    level: int,
+    observed: Observed,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Work for an error is dropped all the time; work that an error has cost is to be noticed."""
+    caplog.set_level(logging.DEBUG, logger="fastapi_tasks")
+    async with Supervisor(observers=[observed]) as supervisor:
+        batch = TasksScheduler(supervisor).after_response
+        batch.task(run_if=run_if).schedule(connect)
+        batch.release(failed=failed)
+
+    (event,) = (event for event in observed.events if event.kind is TaskEventKind.DROPPED)
+    (record,) = (record for record in ours(caplog) if "dropped" in record.getMessage())
+    assert (event.expected, record.levelno) == (level == logging.DEBUG, level)
 
 
 async def test_every_record_about_a_task_has_its_fields(

@@ -25,6 +25,7 @@ from fastapi_tasks import (
     TasksScheduler,
     TaskStatus,
     add_tasks,
+    get_tasks,
 )
 
 from .asgi import lifespan, request
@@ -306,6 +307,33 @@ async def test_the_tasks_for_an_error_start_around_its_response(
 
     assert timeline.index("after_route") < timeline.index(BODY)
     assert timeline[-2:] == [BODY, "after_response"]
+
+
+@both_kinds
+async def test_an_exception_handler_may_ask_for_the_tasks(
+    kind: Kind, app: FastAPI, observed: Observed, timeline: Timeline
+) -> None:
+    """It adds to what the endpoint scheduled for the error, and all wait for its response."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        tasks = await get_tasks(request)
+        tasks.after_response.task(run_if="error").schedule(timeline.note, "handler's")
+        return PlainTextResponse("misprint", 400)
+
+    app.add_exception_handler(MisprintError, answer)
+
+    @app.get("/")
+    @kind
+    def endpoint(tasks: Tasks) -> None:
+        tasks.after_response.task(run_if="error").schedule(timeline.note, "endpoint's")
+        raise MisprintError
+
+    async with lifespan(app):
+        await request(app, "/", on_send=timeline.on_send)
+        await observed.all_over()
+
+    assert timeline[:2] == [START, BODY]
+    assert sorted(timeline[2:]) == ["endpoint's", "handler's"]
 
 
 @both_kinds

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import fastapi_tasks
-from fastapi_tasks import errors
+from fastapi_tasks import Supervisor, UninitializedReason, errors
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {name: getattr(fastapi_tasks, name) for name in fastapi_tasks.__all__}
@@ -38,6 +39,30 @@ def test_the_errors_are_in_a_module_of_their_own_too() -> None:
     for name in of_module:
         assert issubclass(getattr(errors, name), errors.FastAPITasksError)
         assert name in (errors.__doc__ or "")
+
+
+def test_the_errors_can_be_sent_to_another_process() -> None:
+    """A pool's worker hands back their text and what they tell by attributes."""
+    task = Supervisor().schedule(int)
+    made = [
+        errors.FastAPITasksError("something"),
+        errors.FastAPITasksUninitializedAppError(UninitializedReason.STOPPED),
+        errors.AddTasksError("it is too late", instead="add_tasks(app)"),
+        errors.InvalidSettingError("grace", -1, expected="a number", instead="grace=1"),
+        errors.InvalidTaskError("int", instead="schedule(func)"),
+        errors.NoCurrentTaskError(),
+        errors.SupervisorStateError("start() was called"),
+        errors.TaskCancelledError(task),
+        errors.TaskFailedError(task, SystemExit()),
+        errors.TaskNotFinishedError(task),
+        errors.UnsupportedFastAPIError("stack"),
+        errors.WrongEventLoopError(task),
+    ]
+    kinds = (kind for kind in vars(errors).values() if inspect.isclass(kind))
+    assert {type(error) for error in made} == {k for k in kinds if issubclass(k, Exception)}
+    for error in made:
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
 
 
 def test_the_import_brings_no_event_loop_library_along() -> None:

@@ -327,6 +327,28 @@ async def test_a_plain_routes_stream_that_raises_midway_is_an_error(
     assert set(timeline) == ONLY_RESPONSE_FAILED
 
 
+async def test_a_background_task_that_fails_on_a_plain_route_takes_no_task_with_it(
+    router: APIRouter, app: FastAPI, observed: Observed, timeline: Timeline
+) -> None:
+    """The response was over before it failed, and is no less of a success."""
+
+    async def fail() -> None:
+        raise LookupError("out of stock")
+
+    @router.get("/")
+    async def endpoint(tasks: Tasks, background: BackgroundTasks) -> None:
+        background.add_task(fail)
+        schedule_for_each_outcome(tasks, timeline)
+
+    app.include_router(router, prefix="/plain")
+    async with lifespan(app):
+        with pytest.raises(LookupError):
+            await request(app, "/plain/")
+        await observed.all_over()
+
+    assert set(timeline) == SUCCEEDED
+
+
 async def test_a_client_that_leaves_a_plain_route_makes_no_error(
     router: APIRouter, app: FastAPI, observed: Observed, timeline: Timeline
 ) -> None:
@@ -629,6 +651,30 @@ async def test_a_send_that_finds_no_peer_is_no_error(
         await observed.all_over()
 
     assert set(timeline) == SUCCEEDED
+
+
+async def test_tasks_start_when_a_send_finds_no_peer_though_the_handler_goes_on(
+    app: FastAPI, observed: Observed, timeline: Timeline
+) -> None:
+    """The refusal says as much as a message that the peer has left."""
+
+    async def handle(websocket: WebSocket, tasks: TasksScheduler) -> None:
+        schedule_for_each_outcome(tasks, timeline)
+        with pytest.raises((OSError, WebSocketDisconnect)):
+            await websocket.send_text("is anybody there?")
+        await observed.all_over()
+        timeline.append("cleaned up")
+
+    async def refuse(message: Message) -> None:
+        if message["type"] == "websocket.send":
+            raise OSError("broken pipe")
+
+    add_desk(app, handle)
+    async with lifespan(app):
+        await Peer(app, refuse).connect()
+
+    assert timeline[-1] == "cleaned up"
+    assert set(timeline[:-1]) == SUCCEEDED
 
 
 async def test_a_websocket_handler_that_fails_is_an_error_for_both_batches(

@@ -24,11 +24,14 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_tasks import (
+    NoCurrentTaskError,
     Supervisor,
+    Task,
     Tasks,
     TasksRoute,
     TasksScheduler,
     add_tasks,
+    current_task,
     get_supervisor,
     get_tasks,
 )
@@ -1011,6 +1014,31 @@ async def test_a_request_from_within_a_task_has_tasks_of_its_own(
 
     assert seen[0] is not seen[1]
     assert timeline == ["inner route", "outer returned", "outer route"]
+
+
+@pytest.mark.parametrize("path", ["/exact", "/plain", "/other"])
+async def test_a_request_from_within_a_task_is_no_part_of_it(path: str, app: FastAPI) -> None:
+    """It has its own app's supervisor and no current task; afterwards the task is that again."""
+    plain, other = APIRouter(), FastAPI()
+    add_tasks(other)
+    target = other if path == "/other" else app
+
+    @app.get("/exact")
+    @plain.get("/plain")
+    @other.get("/other")
+    async def inner(tasks: Tasks) -> None:
+        assert get_supervisor() is get_supervisor(target)
+        with pytest.raises(NoCurrentTaskError):
+            current_task()
+
+    async def outer() -> Task:
+        await request(target, path)
+        return current_task()
+
+    app.include_router(plain)
+    async with lifespan(app), lifespan(other):
+        task = get_supervisor(app).schedule(outer)
+        assert await task.wait() is task
 
 
 async def test_requests_at_once_do_not_share_their_tasks(

@@ -79,6 +79,14 @@ def test_a_task_that_wants_to_end_the_process_has_failed_and_that_is_all() -> No
     assert traceback[-1] == "SystemExit: 3"
 
 
+def test_whoever_waits_for_such_a_task_does_not_end_the_process_either() -> None:
+    """The endpoint fails with an ordinary error, and the server serves on."""
+    with serve("moments:app") as server:
+        status, _ = server.get("/leave-together")
+        assert status == 500
+        assert server.get("/release") == (200, b"null")
+
+
 @pytest.fixture(scope="module")
 def drained() -> End:
     """Stop a server while tasks of each kind are running, and return how it has ended."""

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.from_thread
@@ -16,7 +16,8 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 import sniffio
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from starlette.applications import Starlette
 
 from fastapi_tasks import (
     BoundTasks,
@@ -27,6 +28,7 @@ from fastapi_tasks import (
     SupervisorStateError,
     Task,
     TaskConfig,
+    TaskEventKind,
     Tasks,
     TasksScheduler,
     TaskStatus,
@@ -35,6 +37,8 @@ from fastapi_tasks import (
     current_task,
     get_supervisor,
 )
+from fastapi_tasks.inbox import Inbox
+from fastapi_tasks.spawn import Spawner
 
 from . import asgi
 from .conftest import BACKENDS, Backend
@@ -183,6 +187,36 @@ async def test_running_are_those_that_are_not_over() -> None:
     assert supervisor.running == ()
 
 
+async def test_what_is_running_can_be_looked_at_from_a_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if tasks come and go in the loop while the thread goes through them."""
+    loop = threading.get_ident()
+    come_and_gone: list[Task] = []
+
+    def status(task: Task) -> TaskStatus:
+        if threading.get_ident() != loop and not come_and_gone:
+            anyio.from_thread.run(come_and_go)
+        return see_status(task)
+
+    async def come_and_go() -> None:
+        come_and_gone.append(supervisor.schedule(read))
+        tasks[1].cancel()
+        await tasks[1].wait()
+        await supervisor.turn()
+
+    see_status = vars(Task)["status"].fget
+    async with Supervisor() as supervisor:
+        tasks = [supervisor.schedule(read) for _ in range(3)]
+        await tasks[2].started.wait()
+        monkeypatch.setattr(Task, "status", property(status))
+        seen = await anyio.to_thread.run_sync(lambda: supervisor.running)
+        monkeypatch.undo()
+
+        assert seen == (tasks[0], tasks[2])
+        assert supervisor.running == (tasks[0], tasks[2], *come_and_gone)
+
+
 # Again, and elsewhere
 
 
@@ -256,6 +290,27 @@ def test_a_loop_that_is_closed_under_its_tasks_loses_them(observed: Observed) ->
     for task in (running, pending, too_late):
         assert task.status is TaskStatus.CANCELLED
         assert observed.kinds(task)[-1] == "dropped"
+
+
+def test_who_waits_in_a_loop_that_is_closed_is_lost_with_it(observed: Observed) -> None:
+    """Nobody can be woken up there, which does not keep the supervisor from starting again."""
+    supervisor = Supervisor(observers=[observed])
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(supervisor.start())
+    lost = [supervisor.schedule(read), supervisor.schedule(read)]
+    waiting = [loop.create_task(task.wait()) for task in lost]
+    loop.run_until_complete(lost[-1].started.wait())
+    loop.close()
+
+    async def main() -> str:
+        async with supervisor:
+            return await supervisor.schedule(fetch).wait()
+
+    assert asyncio.run(main()) == "atlas"
+    for task in lost:
+        assert task.status is TaskStatus.CANCELLED
+        assert observed.kinds(task).count(TaskEventKind.DROPPED) == 1
+    assert not any(waiter.done() for waiter in waiting)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -361,6 +416,81 @@ async def test_a_batch_can_be_released_in_any_thread(observed: Observed) -> None
 
         assert (started.status, dropped.status) == (TaskStatus.SUCCEEDED, TaskStatus.CANCELLED)
         assert observed.kinds(dropped) == ["scheduled", "dropped"]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+@pytest.mark.parametrize(
+    "anyio_backend",
+    [
+        *BACKENDS,
+        pytest.param(("asyncio", {"debug": True}), id="asyncio-debug"),
+        pytest.param(("asyncio", {"debug": True, "use_uvloop": True}), id="uvloop-debug"),
+    ],
+)
+async def test_a_batch_that_a_thread_releases_after_the_drain_wakes_up_who_waits(
+    failed: bool,
+) -> None:
+    """The tasks are over at once, and those who wait for one hear of it in their own loop."""
+    supervisor = Supervisor()
+    await supervisor.start()
+    batch = TasksScheduler(supervisor).after_response
+    task = batch.schedule(fetch)
+
+    def release() -> TaskStatus:
+        batch.release(failed=failed)
+        return task.status
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+            group.start_soon(task.wait)
+            await anyio.wait_all_tasks_blocked()
+            await supervisor.drain()
+            status = await anyio.to_thread.run_sync(in_plain_thread, release)
+
+    assert status is TaskStatus.CANCELLED
+
+
+async def test_a_thread_that_is_faster_than_the_start_has_its_task_dropped(
+    observed: Observed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task is never started in another thread than that of the event loop."""
+    supervisor = Supervisor(observers=[observed])
+    early: list[Task] = []
+    open_inbox = Inbox.open
+
+    def open_too_late(inbox: Inbox, spawner: Spawner) -> None:
+        early.append(in_plain_thread(lambda: supervisor.schedule(fetch)))
+        open_inbox(inbox, spawner)
+
+    monkeypatch.setattr(Inbox, "open", open_too_late)
+    async with supervisor:
+        assert supervisor.running == ()
+        assert [task.status for task in early] == [TaskStatus.CANCELLED]
+        assert observed.kinds() == ["scheduled", "dropped"]
+        assert await supervisor.schedule(fetch).wait() == "atlas"
+
+
+def test_a_call_that_interrupts_another_one_does_not_wait_for_it() -> None:
+    """A finalizer may schedule while its own thread does, and neither call gets lost."""
+    inbox = Inbox()
+    wake_ups: list[Callable[[], None]] = []
+    calls: list[str] = []
+
+    class Interrupted:
+        def call_soon(self, func: Callable[[], None]) -> None:
+            wake_ups.append(func)
+            if len(wake_ups) == 1:
+                inbox.put(calls.append, "finalizer's")
+
+    inbox.open(cast(Spawner, Interrupted()))
+    thread = threading.Thread(target=inbox.put, args=(calls.append, "thread's"), daemon=True)
+    thread.start()
+    thread.join(10)
+
+    assert not thread.is_alive()
+    for wake_up in wake_ups:
+        wake_up()
+    assert sorted(calls) == ["finalizer's", "thread's"]
 
 
 async def test_what_a_thread_does_twice_happens_once(observed: Observed) -> None:
@@ -654,10 +784,11 @@ async def test_the_supervisor_of_an_app_can_be_asked_for() -> None:
         assert await get_supervisor(app).schedule(fetch).wait() == "atlas"
 
 
-async def test_an_app_without_tasks_has_no_supervisor() -> None:
-    """The error says which line is missing."""
+@pytest.mark.parametrize("app", [FastAPI(), Starlette(), APIRouter()])
+async def test_an_app_without_tasks_has_no_supervisor(app: Any) -> None:
+    """The error says which line is missing, also if it is no FastAPI app at all."""
     with pytest.raises(FastAPITasksUninitializedAppError, match=r"add_tasks\(app\)") as caught:
-        get_supervisor(FastAPI())
+        get_supervisor(app)
 
     assert caught.value.reason is UninitializedReason.NO_ADD_TASKS
 

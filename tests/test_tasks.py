@@ -12,11 +12,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from typing import Any
 
 import anyio
+import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
 from fastapi_tasks import (
+    FastAPITasksUninitializedAppError,
     InvalidTaskError,
     Supervisor,
     Task,
@@ -24,15 +26,22 @@ from fastapi_tasks import (
     TaskConfig,
     TaskEvent,
     TaskEventKind,
+    TaskFailedError,
     TaskNotFinishedError,
     TasksScheduler,
     TaskStatus,
+    UninitializedReason,
+    WrongEventLoopError,
     current_task,
 )
 
 
 class SpoiltError(Exception):
     """What goes wrong in this module's kitchen."""
+
+
+class Burglary(BaseException):
+    """What is no Exception, and not to be kept from anybody."""
 
 
 async def bake(bread: str, minutes: int = 30) -> str:
@@ -267,6 +276,26 @@ async def test_an_error_is_raised_where_the_result_is_asked_for() -> None:
     assert waited.value is asked.value is task.exception()
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), Burglary()])
+async def test_what_is_no_exception_does_not_end_who_asks_for_the_result(
+    error: BaseException,
+) -> None:
+    """wait() and result() raise an error of ours, which it is the cause of; exception() is it."""
+
+    async def break_in() -> None:
+        raise error
+
+    async with Supervisor() as supervisor:
+        task = supervisor.schedule(break_in)
+        with pytest.raises(TaskFailedError, match=rf"{task.id}.* {type(error).__name__}") as waited:
+            await task.wait()
+        with pytest.raises(TaskFailedError) as asked:
+            task.result()
+
+    assert waited.value.__cause__ is asked.value.__cause__ is task.exception() is error
+    assert task.status is TaskStatus.FAILED
+
+
 @pytest.mark.parametrize("ask", [Task.result, Task.exception])
 async def test_there_is_no_result_before_the_end(ask: Callable[[Task], Any]) -> None:
     """Asking too early is an error that says how to wait, pending or running."""
@@ -342,6 +371,50 @@ async def test_waiting_for_what_is_over_lets_others_run() -> None:
             await task.wait()
 
         assert scope.cancelled_caught
+
+
+async def test_a_task_cannot_be_waited_for_in_another_event_loop() -> None:
+    """It would never be woken up there; the error says how to wait from a thread."""
+    async with Supervisor() as supervisor:
+        task = supervisor.schedule(wait_on_the_shelf)
+        await task.started.wait()
+
+        async def wait() -> None:
+            with anyio.fail_after(10):
+                await task.wait()
+
+        with pytest.raises(WrongEventLoopError) as caught:
+            await anyio.to_thread.run_sync(anyio.run, wait)
+
+    assert isinstance(caught.value, RuntimeError)
+    assert f"wait_on_the_shelf ({task.id})" in str(caught.value)
+    assert "anyio.from_thread.run(task.wait)" in str(caught.value)
+
+
+async def test_a_thread_can_wait_for_a_task_in_the_tasks_event_loop() -> None:
+    """The line that the error names, works."""
+    gate = anyio.Event()
+
+    async def rest() -> str:
+        await gate.wait()
+        return "risen"
+
+    async with Supervisor() as supervisor:
+        task = supervisor.schedule(rest)
+        waiter = supervisor.schedule(lambda: anyio.from_thread.run(task.wait))
+        await waiter.started.wait()
+        gate.set()
+
+        assert await waiter.wait() == "risen"
+
+
+async def test_what_is_over_can_be_waited_for_in_any_event_loop() -> None:
+    """There is nothing to be woken up for."""
+    async with Supervisor() as supervisor:
+        task = supervisor.schedule(bake, "rye")
+        result = await task.wait()
+
+        assert await anyio.to_thread.run_sync(anyio.run, task.wait) == result
 
 
 async def test_a_task_cannot_be_awaited_by_itself() -> None:
@@ -589,6 +662,75 @@ async def test_the_error_of_a_call_is_the_callers() -> None:
 
     assert handled == []
     assert task.status is TaskStatus.SUCCEEDED
+
+
+@pytest.mark.parametrize("first", ["task", "call"])
+async def test_a_tasks_cancellation_is_not_that_of_somebody_elses_call(first: str) -> None:
+    """Both go on in their threads, whichever ends first, and each is what its thread makes it."""
+    entered = {"task": threading.Event(), "call": threading.Event()}
+    gates = {"task": threading.Event(), "call": threading.Event()}
+    names = iter(gates)
+    called: list[str] = []
+    over = anyio.Event()
+
+    def knead() -> str:
+        name = next(names)
+        entered[name].set()
+        gates[name].wait()
+        return name
+
+    async def call() -> None:
+        called.append(await task())
+        over.set()
+
+    async with Supervisor() as supervisor:
+        task = supervisor.schedule(knead)
+        await anyio.to_thread.run_sync(entered["task"].wait)
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(call)
+                await anyio.to_thread.run_sync(entered["call"].wait)
+                task.cancel()
+                gates[first].set()
+                await (task.wait if first == "task" else over.wait)()
+                await anyio.wait_all_tasks_blocked()
+                for gate in gates.values():
+                    gate.set()
+                await task.wait()
+        finally:
+            for gate in gates.values():
+                gate.set()
+
+    assert (task.status, called) == (TaskStatus.SUCCEEDED, ["call"])
+    assert task.result() == "task"
+
+
+async def test_a_task_that_has_outlived_its_cancellation_can_be_called_again() -> None:
+    """The cancellation was that of the run that is over."""
+    gate = threading.Event()
+
+    def knead() -> str:
+        gate.wait()
+        return "dough"
+
+    async with Supervisor() as supervisor:
+        task = supervisor.schedule(knead)
+        await task.started.wait()
+        task.cancel()
+        gate.set()
+        await task.wait()
+
+        assert await task() == "dough"
+
+
+async def test_a_task_of_a_supervisor_that_never_ran_cannot_be_called() -> None:
+    """There is no event loop and no thread for it; the error says what is missing."""
+    task = Supervisor().schedule(bake, "rye")
+
+    with pytest.raises(FastAPITasksUninitializedAppError) as caught:
+        await task()
+
+    assert caught.value.reason is UninitializedReason.NOT_STARTED
 
 
 async def test_a_call_leaves_the_callers_own_task_current() -> None:

@@ -132,3 +132,9 @@ async def leave() -> None:
 async def leaving(tasks: Tasks) -> None:
     """Start a task that must not take the server with it."""
     tasks.schedule(leave)
+
+
+@api.get("/leave-together")
+async def leaving_together(tasks: Tasks) -> None:
+    """Wait for such a task."""
+    await tasks.schedule(leave).wait()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anyio
 import pytest
-from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from starlette.applications import Starlette
@@ -252,6 +253,23 @@ async def test_a_fastapi_without_its_exit_stacks_is_told_apart(missing: str) -> 
 
     async with asgi.lifespan(app):
         with pytest.raises(UnsupportedFastAPIError, match=rf"{missing}.*pip install 'fastapi"):
+            await asgi.request(app, "/parcels")
+
+
+async def test_a_route_that_is_none_of_fastapis_is_told_apart(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whatever the log's level is, the error names what can be done there instead."""
+    caplog.set_level(logging.DEBUG, logger="fastapi_tasks")
+    app = FastAPI()
+    add_tasks(app)
+
+    async def send_parcel(request: Request) -> Response:
+        return Response(repr(await get_tasks(request)))
+
+    app.add_route("/parcels", send_parcel)
+    async with asgi.lifespan(app):
+        with pytest.raises(UnsupportedFastAPIError, match=r"get_supervisor\(app\)"):
             await asgi.request(app, "/parcels")
 
 

@@ -338,6 +338,18 @@ async def test_a_task_that_was_cancelled_before_is_left_to_its_clean_up(
     assert "drain_cancelling" not in observed.kinds()
 
 
+async def test_an_abandoned_task_cannot_be_cancelled() -> None:
+    """It is on its own."""
+    supervisor = Supervisor()
+    await start(supervisor, Ship(cleanup=6))
+    (task,) = supervisor.running
+    await supervisor.drain()
+
+    assert task.abandoned
+    assert not task.cancel()
+    await task.wait()
+
+
 async def test_a_cancellation_is_the_loops_own(anyio_backend_name: str) -> None:
     """Delivered once on asyncio, where the clean-up may await, and for good on trio."""
     supervisor = Supervisor()

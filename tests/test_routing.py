@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Coroutine, Iterator
 from contextvars import ContextVar
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, PlainSerializer
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_tasks import (
     NoCurrentTaskError,
@@ -694,6 +695,45 @@ async def test_a_route_class_may_give_a_request_a_second_attempt(
     assert timeline == ["route 2", START, BODY, "response 2"]
 
 
+@pytest.mark.parametrize("path", ["/exact", "/plain"])
+async def test_a_middleware_may_give_a_request_a_second_attempt(
+    path: str, observed: Observed, timeline: Timeline
+) -> None:
+    """The first one is closed by then, and the second one has moments of its own all the same."""
+    app, plain = FastAPI(), APIRouter()
+    attempts: list[int] = []
+
+    class Stubborn:
+        def __init__(self, app: ASGIApp) -> None:
+            self._app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            with contextlib.suppress(LookupError):
+                return await self._app(scope, receive, send)
+            return await self._app(scope, receive, send)
+
+    app.add_middleware(Stubborn)
+    add_tasks(app, observers=[observed])
+
+    @app.get("/exact")
+    @plain.get("/plain")
+    async def endpoint(tasks: Tasks) -> int:
+        attempts.append(len(attempts) + 1)
+        for batch, name in ((tasks.after_route, "route"), (tasks.after_response, "response")):
+            batch.schedule(timeline.note, f"{name} {attempts[-1]}")
+        if attempts == [1]:
+            raise LookupError("the catalogue is locked")
+        return attempts[-1]
+
+    app.include_router(plain)
+    async with lifespan(app):
+        assert (await request(app, path, on_send=timeline.on_send)).json() == 2
+        await observed.all_over()
+
+    assert timeline[-2:] == [BODY, "response 2"]
+    assert sorted(timeline[:-2]) == [START, "route 2"]
+
+
 async def test_an_endpoint_may_call_the_dependency_itself(
     app: FastAPI, observed: Observed, timeline: Timeline
 ) -> None:
@@ -962,6 +1002,65 @@ async def test_a_request_from_within_an_endpoint_has_tasks_of_its_own(
         assert sorted(timeline[:2]) == ["inner response", "inner route"]
         del timeline[:2]
     assert timeline == ["outer returned", "outer route", START, BODY, "outer response"]
+
+
+async def test_a_request_that_an_endpoint_makes_of_its_own_is_no_mounted_apps(
+    observed: Observed, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It comes with what the app has put into the scope, and is the app's own for all that."""
+    app = FastAPI()
+    add_tasks(app, observers=[observed], grace=1)
+
+    @app.get("/inner")
+    async def inner(tasks: Tasks) -> str:
+        return tasks.after_route.schedule(let_others_run).name
+
+    @app.get("/outer")
+    async def outer(request: Request) -> None:
+        async def send(message: Message) -> None:
+            sent.append(message["type"])
+
+        await app({**request.scope, "path": "/inner", "raw_path": b"/inner"}, request.receive, send)
+
+    sent: list[str] = []
+    async with lifespan(app):
+        await request(app, "/outer")
+        await observed.all_over()
+
+    assert sent == [START, BODY]
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_a_route_that_an_endpoint_calls_leaves_it_its_moments(
+    app: FastAPI, observed: Observed, timeline: Timeline
+) -> None:
+    """Through the router, without the middleware, both share what the app knows of the request."""
+
+    def serialize(copies: int) -> int:
+        timeline.append("serialized")
+        return copies
+
+    @app.get("/inner")
+    async def inner() -> None:
+        timeline.append("inner")
+
+    @app.get("/outer", response_model=Annotated[int, PlainSerializer(serialize)])
+    async def outer(request: Request, tasks: Tasks) -> int:
+        async def send(message: Message) -> None:
+            return None
+
+        tasks.after_route.schedule(timeline.note, "outer route")
+        scope = {**request.scope, "path": "/inner", "raw_path": b"/inner"}
+        await app.router(scope, request.receive, send)
+        await let_others_run()
+        timeline.append("outer returned")
+        return 3
+
+    async with lifespan(app):
+        await request(app, "/outer")
+        await observed.all_over()
+
+    assert timeline == ["inner", "outer returned", "outer route", "serialized"]
 
 
 async def test_an_endpoint_can_send_a_request_to_itself(

@@ -85,6 +85,7 @@ def test_whoever_waits_for_such_a_task_does_not_end_the_process_either() -> None
         status, _ = server.get("/leave-together")
         assert status == 500
         assert server.get("/release") == (200, b"null")
+        assert any("Application shutdown complete" in line for line in server.stop().log)
 
 
 @pytest.fixture(scope="module")

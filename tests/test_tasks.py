@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import gc
 import inspect
+import itertools
 import threading
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
@@ -34,6 +36,8 @@ from fastapi_tasks import (
     WrongEventLoopError,
     current_task,
 )
+
+from .conftest import BACKENDS
 
 
 class SpoiltError(Exception):
@@ -454,6 +458,19 @@ async def test_a_task_that_is_cancelled_while_it_waits_for_its_moment_never_begi
     assert (task.status, task.attempt) == (TaskStatus.CANCELLED, 0)
 
 
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_a_task_that_never_begins_lets_go_of_its_context(cancelled: bool) -> None:
+    """Whoever keeps the task does not keep the request that it was scheduled in."""
+    async with Supervisor() as supervisor:
+        batch = TasksScheduler(supervisor).after_response
+        task = batch.schedule(bake, "rye")
+        if cancelled:
+            task.cancel()
+        batch.release(failed=True)
+
+    assert task.context is None
+
+
 async def test_a_running_task_gets_the_loops_cancellation() -> None:
     """At its await, and it can clean up."""
     got: list[BaseException] = []
@@ -703,6 +720,80 @@ async def test_a_tasks_cancellation_is_not_that_of_somebody_elses_call(first: st
 
     assert (task.status, called) == (TaskStatus.SUCCEEDED, ["call"])
     assert task.result() == "task"
+
+
+async def test_somebody_elses_call_does_not_hold_up_a_cancellation() -> None:
+    """The task itself is in no thread any more, and ends at its await."""
+    gate, entered = threading.Event(), threading.Event()
+    awaited = anyio.Event()
+    calls: list[int] = []
+
+    async def rest() -> None:
+        awaited.set()
+        await anyio.Event().wait()
+
+    async def rise() -> None:
+        await anyio.lowlevel.checkpoint()
+
+    def knead() -> Awaitable[None]:
+        calls.append(1)
+        if len(calls) == 1:
+            return rest()
+        entered.set()
+        gate.wait()
+        return rise()
+
+    async with Supervisor() as supervisor:
+        task = supervisor.schedule(knead)
+        await awaited.wait()
+        async with anyio.create_task_group() as group:
+            group.start_soon(task)
+            await anyio.to_thread.run_sync(entered.wait)
+            task.cancel()
+            with anyio.move_on_after(10):
+                await task.wait()
+            status = task.status
+            gate.set()
+
+    assert (status, len(calls)) == (TaskStatus.CANCELLED, 2)
+
+
+@pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
+async def test_a_task_that_calls_itself_is_not_cancelled_while_a_thread_runs_for_it() -> None:
+    """The cancellation waits for the last of its threads; asyncio's would abandon that one."""
+    gates, entered = [threading.Event(), threading.Event()], threading.Semaphore(0)
+    first_over = anyio.Event()
+    runs = itertools.count()
+
+    async def call(note: Callable[[], object]) -> None:
+        await current_task()()
+        note()
+
+    async def fold() -> None:
+        await asyncio.gather(call(first_over.set), call(list))
+
+    def knead() -> Awaitable[None] | None:
+        run = next(runs)
+        if run == 0:
+            return fold()
+        entered.release()
+        gates[run - 1].wait()
+        return None
+
+    async with Supervisor() as supervisor:
+        task = supervisor.schedule(knead)
+        for _ in gates:
+            await anyio.to_thread.run_sync(entered.acquire)
+        task.cancel()
+        gates[0].set()
+        with anyio.move_on_after(10):
+            await first_over.wait()
+        await anyio.wait_all_tasks_blocked()
+        status = task.status
+        gates[1].set()
+        await task.wait()
+
+    assert (status, task.status) == (TaskStatus.RUNNING, TaskStatus.CANCELLED)
 
 
 async def test_a_task_that_has_outlived_its_cancellation_can_be_called_again() -> None:
@@ -1039,3 +1130,22 @@ async def test_a_function_that_iterates_in_a_thread_is_a_task(
     """So it does for a generator that may block."""
     async with Supervisor() as supervisor:
         assert await supervisor.schedule(lambda: list(generator())).wait() == [1]
+
+
+async def test_a_task_that_is_dropped_as_somebody_begins_to_wait_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever of both comes first, nobody waits for what will not come."""
+    make_event = anyio.Event
+
+    def drop_meanwhile() -> anyio.Event:
+        task.cancel()
+        return make_event()
+
+    async with Supervisor() as supervisor:
+        task = TasksScheduler(supervisor).after_response.schedule(bake, "rye")
+        with monkeypatch.context() as patch, anyio.fail_after(10):
+            patch.setattr(anyio, "Event", drop_meanwhile)
+            assert await task.wait() is None
+
+    assert task.status is TaskStatus.CANCELLED

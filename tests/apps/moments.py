@@ -136,5 +136,5 @@ async def leaving(tasks: Tasks) -> None:
 
 @api.get("/leave-together")
 async def leaving_together(tasks: Tasks) -> None:
-    """Wait for such a task."""
-    await tasks.schedule(leave).wait()
+    """Wait for such a task, from one of asyncio's."""
+    await asyncio.create_task(tasks.schedule(leave).wait())

@@ -98,7 +98,8 @@ class TasksRoute(APIRoute):
                 raise
             finally:
                 if connection is not None and outer is not None:
-                    connection.endpoint = outer  # which has the app's router answer for it
+                    # An endpoint has called the app's router, and is still to return itself.
+                    connection.endpoint = outer
 
         return handle
 

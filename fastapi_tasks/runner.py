@@ -94,9 +94,7 @@ class Runner:
             if is_own:
                 return await self._run_in_thread(task, _call_of(task))
             # Somebody else calls it: the task's own cancellation has nothing to do with that.
-            (result,) = await anyio.to_thread.run_sync(
-                _call_and_box, _call_of(task), limiter=self._threads
-            )
+            result = await _in_thread(_call_of(task), self._threads)
             return await result if inspect.isawaitable(result) else result
         finally:
             leave(token)
@@ -120,10 +118,9 @@ class Runner:
         # would go on without anybody who waits for it, and its place would be given away.
         task.in_threads += 1
         try:
-            (result,) = await anyio.to_thread.run_sync(_call_and_box, call, limiter=self._unlimited)
+            return await _in_thread(call, self._unlimited)
         finally:
             task.in_threads -= 1
-        return result
 
     def _deliver_cancellation(self, task: Task) -> None:
         if task.cancel_pending and not task.in_threads:
@@ -191,6 +188,7 @@ def _call_of(task: Task) -> Callable[[], Any]:
     return functools.partial(task.func, *task.args, **task.kwargs)
 
 
-def _call_and_box(call: Callable[[], Any]) -> tuple[Any]:
+async def _in_thread(call: Callable[[], Any], limiter: anyio.CapacityLimiter) -> Any:
     # trio refuses a thread's result that is a coroutine, unless it is in something.
-    return (call(),)
+    (result,) = await anyio.to_thread.run_sync(lambda: (call(),), limiter=limiter)
+    return result

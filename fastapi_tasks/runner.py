@@ -74,11 +74,8 @@ class Runner:
                 if inspect.isawaitable(result):
                     self._deliver_cancellation(task)
                     result = await result
-        except KeyboardInterrupt as error:
-            self._fail(task, error)
-            raise
         except BaseException as error:
-            await self._end_with(task, error)
+            await self._end_with(task, _from_users_code(error))
         else:
             settle(task, _SUCCEEDED, result=result)
             if self._observers.watch_routine:
@@ -139,7 +136,9 @@ class Runner:
             else:
                 self._tell(TaskEventKind.CANCELLED, task, error=error, reason=BY_OTHERS)
             return
-        somebody_waits = self._fail(task, error)
+        somebody_waits = settle(task, TaskStatus.FAILED, error=error)
+        self._tell(TaskEventKind.FAILED, task, error=error)
+        self._let_interrupt_pass(task, error)
         handler = task.config.on_error
         if handler is not None and isinstance(error, Exception):
             with self._spawner.renewed(task.handle):
@@ -155,22 +154,26 @@ class Runner:
                 await cast("Awaitable[None]", handler(task, error))
             else:
                 await self._run_in_thread(task, functools.partial(handler, task, error))
-        except KeyboardInterrupt:
-            raise
         except BaseException as failure:
-            self._tell(TaskEventKind.HANDLER_FAILED, task, error=failure)
+            self._tell(TaskEventKind.HANDLER_FAILED, task, error=_from_users_code(failure))
+            self._let_interrupt_pass(task, failure)
 
-    def _fail(self, task: Task, error: BaseException) -> bool:
-        somebody_waits = settle(task, TaskStatus.FAILED, error=error)
-        self._tell(TaskEventKind.FAILED, task, error=error)
-        return somebody_waits
+    def _let_interrupt_pass(self, task: Task, error: BaseException) -> None:
+        """Raise a ``KeyboardInterrupt`` again, which a group may have come to hold."""
+        if isinstance(error, KeyboardInterrupt):
+            interrupt = error
+        elif isinstance(error, BaseExceptionGroup) and _split(error, KeyboardInterrupt)[0]:
+            interrupt = KeyboardInterrupt()
+        else:
+            return
+        self._spawner.let_interrupt_pass(task.handle)
+        raise interrupt
 
     def _is_cancellation(self, error: BaseException) -> bool:
         """Return whether an error is a cancellation, or a group of nothing else."""
         cancelled = self._spawner.cancelled
         if isinstance(error, BaseExceptionGroup):
-            group = cast("BaseExceptionGroup[BaseException]", error)
-            return group.split(cancelled)[1] is None
+            return _split(error, cancelled)[1] is None
         return isinstance(error, cancelled)
 
     def _tell(
@@ -184,11 +187,41 @@ class Runner:
         self._observers.tell(TaskEvent(kind, (task,), error=error, reason=reason))
 
 
+def _split(group: object, kind: type[BaseException]) -> tuple[object, object]:
+    """Return what of a group is of a kind, and what is not; ``None`` for nothing."""
+    return cast("BaseExceptionGroup[BaseException]", group).split(kind)
+
+
 def _call_of(task: Task) -> Callable[[], Any]:
     return functools.partial(task.func, *task.args, **task.kwargs)
 
 
 async def _in_thread(call: Callable[[], Any], limiter: anyio.CapacityLimiter) -> Any:
-    # trio refuses a thread's result that is a coroutine, unless it is in something.
-    (result,) = await anyio.to_thread.run_sync(lambda: (call(),), limiter=limiter)
-    return result
+    # What comes of it is handed over in something: trio refuses a thread's result that is a
+    # coroutine, and an error that passes through takes the frames of the thread's machinery along.
+    result, error = await anyio.to_thread.run_sync(_outcome_of, call, limiter=limiter)
+    if error is None:
+        return result
+    try:
+        raise error
+    finally:
+        del error  # its traceback refers to this frame
+
+
+def _outcome_of(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    try:
+        return call(), None
+    except BaseException as error:
+        return None, error
+
+
+def _from_users_code(error: BaseException) -> BaseException:
+    """Return an error without the frames of this module, which its traceback begins with.
+
+    They refer to the task that refers to the error, and would keep both until the garbage
+    collector comes; and they tell nothing to whoever reads the traceback.
+    """
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
+        traceback = traceback.tb_next
+    return error.with_traceback(traceback)

@@ -51,6 +51,10 @@ class Spawner(Protocol):
         """See to it that the end of the loop does not wait for the task, where that is possible."""
         ...
 
+    def let_interrupt_pass(self, handle: Handle) -> None:
+        """Expect that a ``KeyboardInterrupt`` escapes from the task."""
+        ...
+
     def call_soon(self, func: Callable[..., object], *args: object) -> None:
         """Call a function in the loop, from any thread.
 
@@ -96,6 +100,10 @@ class AsyncioSpawner:
         # https://docs.python.org/3/library/asyncio-extending.html#task-lifetime-support
         asyncio._unregister_task(handle)
 
+    def let_interrupt_pass(self, handle: Handle) -> None:
+        # The loop raises it, and would complain as well that nobody asked the task for it.
+        handle.add_done_callback(_ask)
+
     def call_soon(self, func: Callable[..., object], *args: object) -> None:
         self._loop.call_soon_threadsafe(func, *args)
 
@@ -109,6 +117,10 @@ class AsyncioSpawner:
         # The loop calls back in the order in which it was asked to: what the thread scheduled
         # takes its first step before the thread's own return value arrives.
         return None
+
+
+def _ask(task: asyncio.Task[None]) -> None:
+    task.exception()
 
 
 class _TrioHandle:
@@ -161,6 +173,9 @@ class TrioSpawner:
         # trio.run cancels system tasks and waits for them: there is no way around it. Only the
         # shield of a renewed one can be taken down.
         handle.scope.cancel()
+
+    def let_interrupt_pass(self, handle: Handle) -> None:
+        return None
 
     def call_soon(self, func: Callable[..., object], *args: object) -> None:
         self._token.run_sync_soon(func, *args)

@@ -136,7 +136,7 @@ class Supervisor(ImmediateTasks):
         if get_ident() == self._thread:
             self._admit(task)
         elif not self._inbox.put(self._admit, task):
-            self._drop(task, _REFUSALS.get(self._state, _LOST))
+            self._drop(task, self._refusal())
 
     def drop(self, task: Task, reason: str, *, expected: bool = False) -> None:
         """Give up a task that has not begun, from any thread.
@@ -285,6 +285,12 @@ class Supervisor(ImmediateTasks):
                 self._drop(task, _LOST)
         else:
             self._drop(task, _REFUSALS[state])
+
+    def _refusal(self) -> str:
+        """Return why the inbox takes nothing."""
+        if self.is_running and self._spawner is not None and self._spawner.is_closed():
+            return _LOST
+        return _REFUSALS.get(self._state, _NOT_RUNNING)  # not there while it is being started
 
     def _drop(self, task: Task, reason: str, expected: bool = False) -> None:
         if is_over(task):

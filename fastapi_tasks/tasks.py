@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context, ContextVar, Token
 from enum import StrEnum
 from threading import Lock
+from types import TracebackType
 from typing import Any, Generic, Protocol, TypeAlias, cast
 
 import anyio
@@ -102,6 +103,7 @@ class Task(Generic[P, T_co]):
         "_result",
         "_started",
         "_status",
+        "_traceback",
         "abandoned",
         "args",
         "cancel_pending",
@@ -155,6 +157,7 @@ class Task(Generic[P, T_co]):
         self._attempt = 0
         self._result: Any = None
         self._error: BaseException | None = None
+        self._traceback: TracebackType | None = None
         # Made when somebody looks: an event costs more than the rest of the task.
         self._started: anyio.Event | None = None
         self._finished: anyio.Event | None = None
@@ -257,6 +260,8 @@ class Task(Generic[P, T_co]):
         if error is None:
             return cast(T_co, self._result)
         try:
+            # Without the frames of whoever asked before.
+            error.__traceback__ = self._traceback
             if isinstance(error, Exception):
                 raise error
             # SystemExit would end the server with the one who waits.
@@ -338,7 +343,9 @@ def settle(
     """
     task.cancel_pending = False
     task._result = result
-    task._error = error
+    if error is not None:
+        task._error = error
+        task._traceback = error.__traceback__
     task._status = status
     event = task._finished
     if event is None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import heapq
 import logging
 import threading
+import traceback
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -118,6 +121,47 @@ async def test_the_record_shows_where_it_happened(caplog: pytest.LogCaptureFixtu
     assert record.exc_info[1] is task.exception()
     assert "the cellar is wet" in caplog.text
     assert "in leak" in caplog.text
+
+
+@pytest.mark.parametrize("function", [leak, leak_in_thread])
+async def test_the_traceback_begins_in_the_function(function: Callable[[], Any]) -> None:
+    """How the function came to be called is the same for every task, and tells nothing."""
+    async with Supervisor() as supervisor:
+        task = supervisor.schedule(function)
+        await idle(supervisor)
+
+    error = task.exception()
+    assert error is not None
+    assert [frame.name for frame in traceback.extract_tb(error.__traceback__)] == [
+        function.__name__
+    ]
+
+
+async def test_the_traceback_does_not_grow_with_those_who_ask() -> None:
+    """Each sees how the error came to it, and not how it came to the others."""
+    lengths: list[int] = []
+    async with Supervisor() as supervisor:
+        task = supervisor.schedule(leak)
+        await idle(supervisor)
+        for _ in range(3):
+            with pytest.raises(LeakError) as caught:
+                await task.wait()
+            lengths.append(len(caught.traceback))
+
+    assert len(set(lengths)) == 1
+
+
+async def test_a_failed_task_is_forgotten_without_the_garbage_collector() -> None:
+    """It and its error do not keep one another."""
+    async with Supervisor() as supervisor:
+        gc.disable()
+        try:
+            task = weakref.ref(supervisor.schedule(leak))
+            await idle(supervisor)
+            await anyio.wait_all_tasks_blocked()
+            assert task() is None
+        finally:
+            gc.enable()
 
 
 async def test_what_goes_well_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -404,19 +448,32 @@ async def interrupt(*args: object) -> None:
     raise KeyboardInterrupt
 
 
+async def interrupt_in_group(*args: object) -> None:
+    """Do what Ctrl-C does to a function that has opened a task group."""
+    raise BaseExceptionGroup("pipes", [LeakError("bucket"), KeyboardInterrupt()])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("function", "config"),
     [
         pytest.param(interrupt, TaskConfig(), id="coroutine"),
+        pytest.param(interrupt_in_group, TaskConfig(), id="group"),
         pytest.param(interrupt_in_thread, TaskConfig(), id="thread"),
         pytest.param(leak, TaskConfig(on_error=interrupt), id="handler"),
+        pytest.param(leak, TaskConfig(on_error=interrupt_in_group), id="group-in-handler"),
     ],
 )
 def test_ctrl_c_passes_through(
-    backend: Backend, function: Callable[[], Any], config: TaskConfig
+    backend: Backend,
+    function: Callable[[], Any],
+    config: TaskConfig,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Whoever presses it wants the process to end, whatever runs just then."""
+    """Whoever presses it wants the process to end, whatever runs just then.
+
+    The event loop has nothing to complain of.
+    """
     tasks: list[Task] = []
 
     async def main() -> None:
@@ -426,8 +483,10 @@ def test_ctrl_c_passes_through(
 
     with pytest.raises(KeyboardInterrupt):
         anyio.run(main, backend=backend[0], backend_options=backend[1])
+    gc.collect()
 
     assert tasks[0].status is TaskStatus.FAILED
+    assert {record.name for record in caplog.records} == {"fastapi_tasks"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

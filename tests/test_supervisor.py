@@ -467,6 +467,7 @@ async def test_a_thread_that_is_faster_than_the_start_has_its_task_dropped(
         assert supervisor.running == ()
         assert [task.status for task in early] == [TaskStatus.CANCELLED]
         assert observed.kinds() == ["scheduled", "dropped"]
+        assert "not running" in observed.events[-1].reason
         assert await supervisor.schedule(fetch).wait() == "atlas"
 
 

@@ -160,21 +160,14 @@ class Runner:
 
     def _let_interrupt_pass(self, task: Task, error: BaseException) -> None:
         """Raise a ``KeyboardInterrupt`` again, which a group may have come to hold."""
-        if isinstance(error, KeyboardInterrupt):
-            interrupt = error
-        elif isinstance(error, BaseExceptionGroup) and _split(error, KeyboardInterrupt)[0]:
-            interrupt = KeyboardInterrupt()
-        else:
-            return
-        self._spawner.let_interrupt_pass(task.handle)
-        raise interrupt
+        interrupt, _ = _split(error, KeyboardInterrupt)
+        if interrupt is not None:
+            self._spawner.let_interrupt_pass(task.handle)
+            raise interrupt if isinstance(interrupt, KeyboardInterrupt) else KeyboardInterrupt
 
     def _is_cancellation(self, error: BaseException) -> bool:
         """Return whether an error is a cancellation, or a group of nothing else."""
-        cancelled = self._spawner.cancelled
-        if isinstance(error, BaseExceptionGroup):
-            return _split(error, cancelled)[1] is None
-        return isinstance(error, cancelled)
+        return _split(error, self._spawner.cancelled)[1] is None
 
     def _tell(
         self,
@@ -187,9 +180,13 @@ class Runner:
         self._observers.tell(TaskEvent(kind, (task,), error=error, reason=reason))
 
 
-def _split(group: object, kind: type[BaseException]) -> tuple[object, object]:
-    """Return what of a group is of a kind, and what is not; ``None`` for nothing."""
-    return cast("BaseExceptionGroup[BaseException]", group).split(kind)
+def _split(
+    error: BaseException, kind: type[BaseException]
+) -> tuple[BaseException | None, BaseException | None]:
+    """Return what of an error, or of a group of them, is of a kind, and what is not."""
+    if isinstance(error, BaseExceptionGroup):
+        return cast("BaseExceptionGroup[BaseException]", error).split(kind)
+    return (error, None) if isinstance(error, kind) else (None, error)
 
 
 def _call_of(task: Task) -> Callable[[], Any]:

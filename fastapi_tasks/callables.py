@@ -17,6 +17,7 @@ __all__ = [
     "is_generator",
     "is_generator_endpoint",
     "parts",
+    "printable",
     "qualified_name",
 ]
 
@@ -100,6 +101,18 @@ def qualified_name(func: Callable[..., object]) -> str:
     func = _impartial(func)
     name = getattr(func, "__qualname__", None)
     return name if isinstance(name, str) else type(func).__qualname__
+
+
+def printable(text: str) -> str:
+    """Return a text with everything escaped that could end a line of a log or move a cursor.
+
+    :param text: a name, which may be made from what a client has sent
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def discard(value: object) -> None:

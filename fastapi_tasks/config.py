@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
-from .callables import discard, is_async, is_generator, parts
+from .callables import discard, is_async, is_generator, parts, qualified_name
 from .errors import InvalidSettingError, InvalidTaskError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _POLICY = "__fastapi_tasks_policy__"
 _FuncT = TypeVar("_FuncT", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TaskConfig:
     """How a task is to be run; ``None`` means: as the next outer configuration says.
 
@@ -95,6 +95,16 @@ class TaskConfig:
         """Whether the app waits for the task at shutdown."""
         return self.shield is True
 
+    def __repr__(self) -> str:
+        # The repr of a function that is a partial or an object may hold what is private.
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        shown = (
+            f"{name}={qualified_name(value) if callable(value) else repr(value)}"
+            for name, value in values.items()
+            if value is not None
+        )
+        return f"TaskConfig({', '.join(shown)})"
+
     def merge(self, inner: TaskConfig) -> TaskConfig:
         """Return this configuration with the fields that ``inner`` sets in place of its own.
 
@@ -124,7 +134,7 @@ class SupervisorSettings:
     """
 
     config: TaskConfig = INHERIT_ALL
-    observers: tuple[TaskObserver, ...] = ()
+    observers: tuple[TaskObserver, ...] = field(default=(), repr=False)
     grace: float = 0.0
     shutdown_timeout: float | None = None
     threads: int = 40

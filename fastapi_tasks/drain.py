@@ -118,9 +118,11 @@ class Drain:
     def finish(self) -> DrainReport:
         """Give up what is left, tell the observers, and return what became of the tasks.
 
-        Something is left only if the drain was cancelled, by a server that lost patience.
+        Something is left only if the drain was cancelled, by a server that lost patience, or
+        ends in this very moment.
         """
         self._cancel()
+        self._live.forget_ended()
         self._abandon()
         report = DrainReport(
             tuple(self._finished),

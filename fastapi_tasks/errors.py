@@ -21,6 +21,7 @@ Each class builds its message from data: what came, what was expected, what to w
 from __future__ import annotations
 
 from enum import Enum
+from types import FunctionType
 from typing import Any
 
 __all__ = [
@@ -115,10 +116,18 @@ class InvalidSettingError(FastAPITasksError, ValueError):
 
     def __init__(self, setting: str, value: object, *, expected: str, instead: str) -> None:
         super().__init__(
-            f"{setting}={value!r}: expected {expected}, got {type(value).__name__}. "
+            f"{setting}{_shown(value)}: expected {expected}, got {type(value).__name__}. "
             f"Write for example: {instead}"
         )
         self.setting = setting
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, str | int | float | None):
+        return f"={value!r}"
+    if isinstance(value, FunctionType):
+        return f"={value.__qualname__}"
+    return ""  # the repr may hold what is private: a partial's has its arguments
 
 
 class InvalidTaskError(FastAPITasksError, TypeError):

@@ -9,7 +9,7 @@ import anyio
 from .observer import Observers, TaskEvent, TaskEventKind
 from .runner import BY_OTHERS, Runner
 from .spawn import Handle, Spawner
-from .tasks import Task, TaskStatus, is_over, settle
+from .tasks import Task, TaskStatus, is_over, settle_unbegun
 
 __all__ = ["LiveTasks", "give_up"]
 
@@ -86,6 +86,12 @@ class LiveTasks:
             self._spawner.abandon(task.handle)
             task.abandoned = True
 
+    def forget_ended(self) -> None:
+        """Forget the tasks that only wait for the loop to say that they are over."""
+        for handle, task in self._tasks.copy().items():
+            if _has_ended(task):
+                self._over(handle)
+
     async def wait_until_empty(self, moment: float) -> bool:
         """Wait until no task is live, or until a moment; return whether none is.
 
@@ -103,10 +109,10 @@ class LiveTasks:
     def _over(self, handle: Handle) -> None:
         task = self._tasks.pop(handle, None)
         if task is None:
-            return  # abandoned before
-        if not is_over(task):
-            # Somebody else cancelled it before its first step, which on asyncio then never comes.
-            give_up(task, TaskEventKind.CANCELLED, BY_OTHERS, self._observers)
+            return  # abandoned or forgotten before
+        # Somebody else may have cancelled it before its first step, which on asyncio then never
+        # comes.
+        give_up(task, TaskEventKind.CANCELLED, BY_OTHERS, self._observers)
         # The context refers to the task, and both would wait for the garbage collector.
         task.handle = task.context = None
         if self.on_over is not None:
@@ -128,15 +134,18 @@ def give_up(
     observers: Observers,
     *,
     expected: bool = False,
-) -> None:
-    """Settle a task that has not begun and never will.
+) -> bool:
+    """Settle a task that has not begun and never will, from any thread.
 
     :param task: a pending task
     :param kind: whether it was cancelled or dropped
     :param reason: why, for the record
     :param observers: who is told
     :param expected: whether that is what its configuration asks for
+    :return: ``False`` if it was over already
     """
-    settle(task, TaskStatus.CANCELLED)
+    if not settle_unbegun(task):
+        return False
     task.context = None
     observers.tell(TaskEvent(kind, (task,), reason=reason, expected=expected))
+    return True

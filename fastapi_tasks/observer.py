@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+from .callables import qualified_name
+
 if TYPE_CHECKING:
     from .drain import DrainReport
     from .tasks import Task
@@ -103,7 +105,9 @@ class Observers:
 def _report_bad_observer(observer: TaskObserver, error: BaseException) -> None:
     try:
         logger.error(
-            "The observer %r raised; the event goes on to the others", observer, exc_info=error
+            "The observer %s raised; the event goes on to the others",
+            qualified_name(observer),
+            exc_info=error,
         )
     except Exception:
         # It is the log that is broken, so there is nothing left but standard error.

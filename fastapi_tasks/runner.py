@@ -196,20 +196,30 @@ def _call_of(task: Task) -> Callable[[], Any]:
 async def _in_thread(call: Callable[[], Any], limiter: anyio.CapacityLimiter) -> Any:
     # What comes of it is handed over in something: trio refuses a thread's result that is a
     # coroutine, and an error that passes through takes the frames of the thread's machinery along.
-    result, error = await anyio.to_thread.run_sync(_outcome_of, call, limiter=limiter)
-    if error is None:
-        return result
+    outcome = await anyio.to_thread.run_sync(_outcome_of, call, limiter=limiter)
+    if outcome.error is None:
+        return outcome.result
     try:
-        raise error
+        raise outcome.error
     finally:
-        del error  # its traceback refers to this frame
+        del outcome  # the error's traceback refers to this frame
 
 
-def _outcome_of(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+class _Outcome:
+    """What comes of a call; nothing of it is shown by asyncio's debug mode, unlike a tuple's."""
+
+    __slots__ = ("error", "result")
+
+    def __init__(self, result: Any = None, error: BaseException | None = None) -> None:
+        self.result = result
+        self.error = error
+
+
+def _outcome_of(call: Callable[[], Any]) -> _Outcome:
     try:
-        return call(), None
+        return _Outcome(call())
     except BaseException as error:
-        return None, error
+        return _Outcome(error=error)
 
 
 def _from_users_code(error: BaseException) -> BaseException:

@@ -10,7 +10,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -206,6 +206,9 @@ def current_spawner() -> Spawner:
     :raises RuntimeError: no event loop runs the caller
     """
     trio = sys.modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_task():
-        return TrioSpawner()
+    if trio is not None:
+        # Not in_trio_task(), which trio has since 0.29 only.
+        with suppress(RuntimeError):
+            trio.lowlevel.current_task()
+            return TrioSpawner()
     return AsyncioSpawner()

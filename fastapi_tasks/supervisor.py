@@ -24,6 +24,7 @@ from .errors import (
     FastAPITasksUninitializedAppError,
     SupervisorStateError,
     UninitializedReason,
+    WrongEventLoopError,
 )
 from .inbox import Inbox
 from .live import LiveTasks, give_up
@@ -165,9 +166,15 @@ class Supervisor(ImmediateTasks):
             raise FastAPITasksUninitializedAppError(UninitializedReason.NOT_STARTED)
         return await self._runner.call(task)
 
-    def in_other_loop(self) -> bool:
-        """Return whether the caller runs in another thread than the event loop of the tasks."""
-        return self._thread is not None and get_ident() != self._thread
+    def expect_waiter(self, task: Task) -> None:
+        """Make sure that the caller will be woken up, if it waits for a task.
+
+        :raises WrongEventLoopError: the caller runs in another event loop than the tasks
+        """
+        if self._thread is None:
+            self._spawner = current_spawner()  # the task can still be dropped, in a thread
+        elif get_ident() != self._thread:
+            raise WrongEventLoopError(task)
 
     def wake(self, event: anyio.Event) -> None:
         """Set an event in the event loop of the tasks, from any thread."""
@@ -293,11 +300,12 @@ class Supervisor(ImmediateTasks):
         return _REFUSALS.get(self._state, _NOT_RUNNING)  # not there while it is being started
 
     def _drop(self, task: Task, reason: str, expected: bool = False) -> None:
-        if is_over(task):
+        kind = TaskEventKind.DROPPED
+        if not give_up(task, kind, reason, self._observers, expected=expected):
             return  # cancelled before its moment came
-        give_up(task, TaskEventKind.DROPPED, reason, self._observers, expected=expected)
-        if self._drain is not None:
-            self._drain.note_over(task)
+        drain = self._drain  # asked for once: it may end while another thread is here
+        if drain is not None:
+            drain.note_over(task)
 
     def _cancel_one(self, task: Task) -> None:
         if is_over(task):

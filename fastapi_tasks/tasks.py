@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextvars import Context, ContextVar, Token
 from enum import StrEnum
-from threading import Lock
+from threading import Lock, RLock
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeAlias, cast
 
@@ -20,14 +20,13 @@ import anyio
 import anyio.lowlevel
 from typing_extensions import ParamSpec, TypeVar
 
-from .callables import qualified_name
+from .callables import printable, qualified_name
 from .config import TaskConfig
 from .errors import (
     NoCurrentTaskError,
     TaskCancelledError,
     TaskFailedError,
     TaskNotFinishedError,
-    WrongEventLoopError,
 )
 
 __all__ = [
@@ -43,6 +42,7 @@ __all__ = [
     "leave",
     "owner_of",
     "settle",
+    "settle_unbegun",
 ]
 
 P = ParamSpec("P", default=...)
@@ -65,6 +65,8 @@ _RUNNING = TaskStatus.RUNNING
 _CANCELLED = TaskStatus.CANCELLED
 
 _making_events = Lock()
+# Who holds it may be interrupted by the garbage collector, and that by a __del__ that cancels.
+_giving_up = RLock()
 
 
 class TaskOwner(Protocol):
@@ -78,8 +80,11 @@ class TaskOwner(Protocol):
         """Run the task's function again, in the caller, and return what it returns."""
         ...
 
-    def in_other_loop(self) -> bool:
-        """Return whether the caller runs in another event loop than tasks do."""
+    def expect_waiter(self, task: Task) -> None:
+        """Make sure that the caller will be woken up, if it waits for the task.
+
+        :raises WrongEventLoopError: the caller runs in another event loop than tasks do
+        """
         ...
 
     def wake(self, event: anyio.Event) -> None:
@@ -170,8 +175,8 @@ class Task(Generic[P, T_co]):
 
     @property
     def name(self) -> str:
-        """The configured name, else the function's qualified name."""
-        return self.config.name or qualified_name(self.func)
+        """The configured name, else the function's qualified name; fit to be printed."""
+        return printable(self.config.name or qualified_name(self.func))
 
     @property
     def status(self) -> TaskStatus:
@@ -244,8 +249,7 @@ class Task(Generic[P, T_co]):
         if is_over(self):
             await anyio.lowlevel.checkpoint()
             return self._outcome()
-        if self._owner.in_other_loop():
-            raise WrongEventLoopError(self)
+        self._owner.expect_waiter(self)
         event = self._finished
         if event is None:
             event = self._finished = anyio.Event()
@@ -351,4 +355,16 @@ def settle(
     if event is None:
         return False
     task._owner.wake(event)
+    return True
+
+
+def settle_unbegun(task: Task) -> bool:
+    """Note that the task was cancelled before it began, from any thread.
+
+    :return: ``False`` if it was over already
+    """
+    with _giving_up:  # two threads may want to, and only one of them reports it
+        if is_over(task):
+            return False
+        settle(task, _CANCELLED)
     return True

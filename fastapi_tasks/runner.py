@@ -75,7 +75,14 @@ class Runner:
                     self._deliver_cancellation(task)
                     result = await result
         except BaseException as error:
-            await self._end_with(task, _from_users_code(error))
+            try:
+                await self._end_with(task, _from_users_code(error))
+            finally:
+                # By its error the task leads to the function's frames, and those must not lead
+                # back: neither by this frame, the next one outwards on 3.12 and newer, nor by
+                # this context, which trio's threads refer to.
+                enter(None)
+                del task
         else:
             settle(task, _SUCCEEDED, result=result)
             if self._observers.watch_routine:
@@ -196,13 +203,17 @@ def _call_of(task: Task) -> Callable[[], Any]:
 async def _in_thread(call: Callable[[], Any], limiter: anyio.CapacityLimiter) -> Any:
     # What comes of it is handed over in something: trio refuses a thread's result that is a
     # coroutine, and an error that passes through takes the frames of the thread's machinery along.
-    outcome = await anyio.to_thread.run_sync(_outcome_of, call, limiter=limiter)
-    if outcome.error is None:
+    calls = [call]
+    del call
+    outcome = await anyio.to_thread.run_sync(_outcome_of, calls, limiter=limiter)
+    error = outcome.error
+    if error is None:
         return outcome.result
+    outcome.error = None
     try:
-        raise outcome.error
+        raise error
     finally:
-        del outcome  # the error's traceback refers to this frame
+        del error  # its traceback refers to this frame
 
 
 class _Outcome:
@@ -215,11 +226,15 @@ class _Outcome:
         self.error = error
 
 
-def _outcome_of(call: Callable[[], Any]) -> _Outcome:
+def _outcome_of(calls: list[Callable[[], Any]]) -> _Outcome:
+    # The frames of the thread's machinery live as long as the error does. They refer to the call
+    # and to this context, and those must not lead to the task that leads to the error.
     try:
-        return _Outcome(call())
+        return _Outcome(calls.pop()())
     except BaseException as error:
         return _Outcome(error=error)
+    finally:
+        enter(None)
 
 
 def _from_users_code(error: BaseException) -> BaseException:

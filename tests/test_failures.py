@@ -151,12 +151,15 @@ async def test_the_traceback_does_not_grow_with_those_who_ask() -> None:
     assert len(set(lengths)) == 1
 
 
-async def test_a_failed_task_is_forgotten_without_the_garbage_collector() -> None:
+@pytest.mark.parametrize("function", [leak, leak_in_thread])
+async def test_a_failed_task_is_forgotten_without_the_garbage_collector(
+    function: Callable[[], Any],
+) -> None:
     """It and its error do not keep one another."""
     async with Supervisor() as supervisor:
         gc.disable()
         try:
-            task = weakref.ref(supervisor.schedule(leak))
+            task = weakref.ref(supervisor.schedule(function))
             await idle(supervisor)
             await anyio.wait_all_tasks_blocked()
             assert task() is None

@@ -191,6 +191,11 @@ class TasksMiddleware:
 
         try:
             await self._app(scope, receiving, sending)
+        except GeneratorExit:
+            # Collected after its event loop was closed, where nothing can be awaited. By now the
+            # supervisor may run in another one.
+            is_ours = False
+            raise
         finally:
             await drain()  # the server gave up the lifespan without a word
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from .callables import qualified_name
@@ -107,7 +108,7 @@ def _report_bad_observer(observer: TaskObserver, error: BaseException) -> None:
         logger.error(
             "The observer %s raised; the event goes on to the others",
             qualified_name(observer),
-            exc_info=error,
+            exc_info=_exc_info(error),
         )
     except Exception:
         # It is the log that is broken, so there is nothing left but standard error.
@@ -148,7 +149,16 @@ def _log_task(level: int, message: str, event: TaskEvent, *details: object) -> N
     if logger.isEnabledFor(level):
         task = event.task
         fields = {"task_name": task.name, "task_id": task.id, "task_attempt": task.attempt}
-        logger.log(level, message, _label(task), *details, exc_info=event.error, extra=fields)
+        logger.log(
+            level, message, _label(task), *details, exc_info=_exc_info(event.error), extra=fields
+        )
+
+
+def _exc_info(
+    error: BaseException | None,
+) -> tuple[type[BaseException], BaseException, TracebackType | None] | None:
+    # An error by itself would be asked whether it is true, which one without parts may deny.
+    return None if error is None else (type(error), error, error.__traceback__)
 
 
 def _label(task: Task) -> str:

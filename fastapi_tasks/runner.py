@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, cast
 
 import anyio
@@ -148,7 +148,7 @@ class Runner:
         self._let_interrupt_pass(task, error)
         handler = task.config.on_error
         if handler is not None and isinstance(error, Exception):
-            with self._spawner.renewed(task.handle):
+            async with self._spawner.renewed(task.handle):
                 await self._handle(task, error, handler, somebody_waits=somebody_waits)
 
     async def _handle(
@@ -167,14 +167,14 @@ class Runner:
 
     def _let_interrupt_pass(self, task: Task, error: BaseException) -> None:
         """Raise a ``KeyboardInterrupt`` again, which a group may have come to hold."""
-        interrupt, _ = _split(error, KeyboardInterrupt)
-        if interrupt is not None:
-            self._spawner.let_interrupt_pass(task.handle)
-            raise interrupt if isinstance(interrupt, KeyboardInterrupt) else KeyboardInterrupt
+        for leaf in _leaves(error):
+            if isinstance(leaf, KeyboardInterrupt):
+                self._spawner.let_interrupt_pass(task.handle)
+                raise leaf
 
     def _is_cancellation(self, error: BaseException) -> bool:
         """Return whether an error is a cancellation, or a group of nothing else."""
-        return _split(error, self._spawner.cancelled)[1] is None
+        return all(isinstance(leaf, self._spawner.cancelled) for leaf in _leaves(error))
 
     def _tell(
         self,
@@ -187,13 +187,16 @@ class Runner:
         self._observers.tell(TaskEvent(kind, (task,), error=error, reason=reason))
 
 
-def _split(
-    error: BaseException, kind: type[BaseException]
-) -> tuple[BaseException | None, BaseException | None]:
-    """Return what of an error, or of a group of them, is of a kind, and what is not."""
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors of a group, and an error by itself.
+
+    A group's own ``split`` would call what its class has made of ``derive``.
+    """
     if isinstance(error, BaseExceptionGroup):
-        return cast("BaseExceptionGroup[BaseException]", error).split(kind)
-    return (error, None) if isinstance(error, kind) else (None, error)
+        for part in cast("BaseExceptionGroup[BaseException]", error).exceptions:
+            yield from _leaves(part)
+    else:
+        yield error
 
 
 def _call_of(task: Task) -> Callable[[], Any]:

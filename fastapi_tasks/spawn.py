@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,7 +43,7 @@ class Spawner(Protocol):
         """Cancel a task in the loop's own manner."""
         ...
 
-    def renewed(self, handle: Handle) -> AbstractContextManager[None]:
+    def renewed(self, handle: Handle) -> AbstractAsyncContextManager[None]:
         """Let a task that was cancelled go on, within the context, until it is cancelled again."""
         ...
 
@@ -92,8 +92,17 @@ class AsyncioSpawner:
     def cancel(self, handle: Handle) -> None:
         handle.cancel()
 
-    def renewed(self, handle: Handle) -> AbstractContextManager[None]:
-        return nullcontext()  # asyncio delivers each cancellation once
+    @asynccontextmanager
+    async def renewed(self, handle: Handle) -> AsyncGenerator[None, None]:
+        # Each cancellation is delivered once. One that was asked for since the last await comes
+        # now, unless there was none, and one that is asked for meanwhile is not to get lost.
+        requests = handle.cancelling()
+        if requests:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+            if handle.cancelling() > requests:
+                handle.cancel()
+        yield
 
     def abandon(self, handle: Handle) -> None:
         # asyncio.run cancels and awaits all registered tasks at its end, and would never return.
@@ -161,8 +170,8 @@ class TrioSpawner:
     def cancel(self, handle: Handle) -> None:
         handle.scope.cancel()
 
-    @contextmanager
-    def renewed(self, handle: Handle) -> Generator[None, None, None]:
+    @asynccontextmanager
+    async def renewed(self, handle: Handle) -> AsyncGenerator[None, None]:
         if not handle.scope.cancel_called:
             yield
             return

@@ -265,7 +265,7 @@ class Task(Generic[P, T_co]):
             return cast(T_co, self._result)
         try:
             # Without the frames of whoever asked before.
-            error.__traceback__ = self._traceback
+            error = error.with_traceback(self._traceback)
             if isinstance(error, Exception):
                 raise error
             # SystemExit would end the server with the one who waits.

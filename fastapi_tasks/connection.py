@@ -97,6 +97,7 @@ class Connection:
         if task is not None:
             # The request was made from within a task, and is not a part of it.
             request_stack.callback(_restore, leave, enter(None))
+        self.supervisor.open(self)
         request_stack.push(functools.partial(self._exit_request_stack, _current.set(self)))
         if self.endpoint is None:
             function_stack.push(self._exit_function_stack)
@@ -141,6 +142,22 @@ class Connection:
         """Release what is left, since the app is done with the connection."""
         if self.scheduler is not None:
             self.scheduler.response_over(failed=not self._went_well)
+            self.supervisor.close(self)
+
+    def has_waiting(self) -> bool:
+        """Return whether tasks wait for one of the connection's moments."""
+        return self.scheduler is not None and self.scheduler.has_waiting()
+
+    def end_response(self) -> None:
+        """Release what waits for the response, if that has begun: the server is done with it."""
+        if self.returned:
+            self.client_gone = True
+            self.response_over()
+
+    def drop_waiting(self, reason: str) -> None:
+        """Give up the tasks that wait for one of the connection's moments."""
+        if self.scheduler is not None:
+            self.scheduler.drop_waiting(reason)
 
     @property
     def _went_well(self) -> bool:

@@ -16,6 +16,7 @@ from .tasks import Task, TaskStatus, is_over
 __all__ = ["Drain", "DrainPlan", "DrainReport"]
 
 _REASON = "the app is shutting down"
+_TOO_LATE = "the app was shut down before the moment of the request that it waited for"
 
 CLEANUP = 5.0
 """Seconds that a cancelled task has to clean up, if the deadline leaves them."""
@@ -98,6 +99,7 @@ class Drain:
         self._cancelled: list[Task] = []
         self._abandoned: list[Task] = []
         self._never_started: list[Task] = []
+        live.forget_ended()  # before anybody counts
         live.on_over = self.note_over
 
     async def run(self) -> None:
@@ -106,7 +108,7 @@ class Drain:
         plan = self._plan
         steps: list[tuple[float, Callable[[], None]]] = [
             (plan.cancel_unshielded, lambda: self._cancel(shielded=False)),
-            (plan.abandon_unshielded, lambda: self._abandon(shielded=False)),
+            (plan.abandon_unshielded, self._give_up_unshielded),
             (plan.cancel_shielded, self._last_call),
             (plan.abandon_all, self._abandon),
         ]
@@ -121,6 +123,7 @@ class Drain:
         Something is left only if the drain was cancelled, by a server that lost patience, or
         ends in this very moment.
         """
+        self._live.drop_waiting(_TOO_LATE)
         self._cancel()
         self._live.forget_ended()
         self._abandon()
@@ -156,6 +159,11 @@ class Drain:
     def _next_warning(self) -> float:
         passed = anyio.current_time() - self._start
         return self._start + (passed // WARN_EVERY + 1) * WARN_EVERY
+
+    def _give_up_unshielded(self) -> None:
+        # Requests that were cancelled have had their time, too: their tasks cannot begin any more.
+        self._live.drop_waiting(_TOO_LATE)
+        self._abandon(shielded=False)
 
     def _last_call(self) -> None:
         self._on_last_call()

@@ -1,8 +1,12 @@
-"""The tasks that a supervisor has started and that are not over: its running set."""
+"""The tasks that a supervisor has started and that are not over: its running set.
+
+And the requests that are being served, since some of their tasks may still wait for their moments.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import anyio
 
@@ -11,7 +15,23 @@ from .runner import BY_OTHERS, Runner
 from .spawn import Handle, Spawner
 from .tasks import Task, TaskStatus, is_over, settle_unbegun
 
-__all__ = ["LiveTasks", "give_up"]
+__all__ = ["LiveTasks", "OpenRequest", "give_up"]
+
+
+class OpenRequest(Protocol):
+    """A request that is being served, as the drain sees it."""
+
+    def has_waiting(self) -> bool:
+        """Return whether tasks wait for one of its moments."""
+        ...
+
+    def end_response(self) -> None:
+        """Release what waits for the response, if that has begun: the server is done with it."""
+        ...
+
+    def drop_waiting(self, reason: str) -> None:
+        """Give up the tasks that wait."""
+        ...
 
 
 class LiveTasks:
@@ -29,6 +49,7 @@ class LiveTasks:
         self._runner = runner
         self._observers = observers
         self._tasks: dict[Handle, Task] = {}
+        self._requests: set[OpenRequest] = set()
         self._empty: anyio.Event | None = None
         self.on_over: Callable[[Task], None] | None = None
         """Is called with each task that is over, if anybody keeps count."""
@@ -76,6 +97,25 @@ class LiveTasks:
             else:
                 self._spawner.cancel(task.handle)
 
+    def open(self, request: OpenRequest) -> None:
+        """Take note of a request whose tasks may come to wait."""
+        self._requests.add(request)
+
+    def close(self, request: OpenRequest) -> None:
+        """Forget a request, none of whose tasks waits any more."""
+        self._requests.discard(request)
+        self._wake_if_empty()
+
+    def end_responses(self) -> None:
+        """Release what waits for responses that the server is done with."""
+        for request in self._requests.copy():
+            request.end_response()
+
+    def drop_waiting(self, reason: str) -> None:
+        """Give up what still waits for a moment of its request."""
+        for request in self._requests.copy():
+            request.drop_waiting(reason)
+
     def abandon(self, tasks: tuple[Task, ...]) -> None:
         """Forget tasks that do not end.
 
@@ -93,11 +133,11 @@ class LiveTasks:
                 self._over(handle)
 
     async def wait_until_empty(self, moment: float) -> bool:
-        """Wait until no task is live, or until a moment; return whether none is.
+        """Wait until no task is live or waits, or until a moment; return whether none does.
 
         :param moment: on the event loop's clock, in seconds
         """
-        while self._tasks:
+        while not self._is_empty():
             left = moment - anyio.current_time()
             if left <= 0:
                 return False
@@ -117,13 +157,23 @@ class LiveTasks:
         task.handle = task.context = None
         if self.on_over is not None:
             self.on_over(task)
-        if self._empty is not None and not self._tasks:
+        self._wake_if_empty()
+
+    def _is_empty(self) -> bool:
+        return not self._tasks and not any(request.has_waiting() for request in self._requests)
+
+    def _wake_if_empty(self) -> None:
+        if self._empty is not None and self._is_empty():
             self._empty.set()
 
 
 def _has_ended(task: Task) -> bool:
     """Return whether a live task only waits for the loop to say that it is over."""
-    may_handle = task.status is TaskStatus.FAILED and task.config.on_error is not None
+    may_handle = (
+        task.status is TaskStatus.FAILED
+        and task.config.on_error is not None
+        and isinstance(task.exception(), Exception)
+    )
     return is_over(task) and not may_handle
 
 

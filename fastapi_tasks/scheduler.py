@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 
 from .bound import BoundTasks, ImmediateTasks
 from .config import INHERIT_ALL, TaskConfig
@@ -40,12 +42,27 @@ class TasksBatch(BoundTasks):
         if self._failed is None:
             self._failed = failed
         started = False
-        while True:
-            try:
-                task = self._waiting.popleft()
-            except IndexError:  # asked for, not looked up before: another thread may be faster
-                return started
+        for task in self._take():
             started |= self._start_or_drop(task, failed=self._failed)
+        return started
+
+    def has_waiting(self) -> bool:
+        """Return whether tasks wait for the moment."""
+        return bool(self._waiting)
+
+    def drop(self, reason: str) -> None:
+        """Give up the tasks that wait.
+
+        :param reason: why, for the records
+        """
+        for task in self._take():
+            self._home.drop(task, reason)
+
+    def _take(self) -> Iterator[Task]:
+        # Asked for, not looked up before: another thread may be faster.
+        with suppress(IndexError):
+            while True:
+                yield self._waiting.popleft()
 
     def _start_or_drop(self, task: Task, *, failed: bool) -> bool:
         run_if = task.config.run_if or "success"
@@ -112,6 +129,18 @@ class TasksScheduler(ImmediateTasks):
         self.route_over(failed=failed)
         if self.after_response.release(failed=failed):
             self.owes_turn = True
+
+    def has_waiting(self) -> bool:
+        """Return whether tasks wait for a moment of the request."""
+        return self.after_route.has_waiting() or self.after_response.has_waiting()
+
+    def drop_waiting(self, reason: str) -> None:
+        """Give up the tasks that wait for a moment of the request.
+
+        :param reason: why, for the records
+        """
+        self.after_route.drop(reason)
+        self.after_response.drop(reason)
 
     def _place(self, task: Task) -> None:
         self._home.submit(task)

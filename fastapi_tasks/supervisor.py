@@ -27,7 +27,7 @@ from .errors import (
     WrongEventLoopError,
 )
 from .inbox import Inbox
-from .live import LiveTasks, give_up
+from .live import LiveTasks, OpenRequest, give_up
 from .observer import Observers, TaskEvent, TaskEventKind, TaskObserver
 from .runner import Runner
 from .spawn import Spawner, current_spawner
@@ -248,7 +248,11 @@ class Supervisor(ImmediateTasks):
         live = self._live
         if self._state is not _State.RUNNING or live is None:
             raise SupervisorStateError("drain() was called while the supervisor is not running")
-        self._inbox.take()  # what was scheduled before, is not to be dropped
+        # What was scheduled before is not to be dropped, and what waits for a response that the
+        # server is done with has come to its moment: it closes connections before it shuts down.
+        # https://asgi.readthedocs.io/en/latest/specs/lifespan.html#shutdown-receive-event
+        self._inbox.take()
+        live.end_responses()
         self._state = _State.DRAINING
         plan = DrainPlan.of(self.settings.grace, self.settings.shutdown_timeout)
         drain = self._drain = Drain(live, self._observers, plan, self._close)
@@ -272,6 +276,16 @@ class Supervisor(ImmediateTasks):
         await self.drain()
 
     # What happens in the loop's thread
+
+    def open(self, request: OpenRequest) -> None:
+        """Take note of a request that has taken tasks, until :meth:`close`."""
+        if self._live is not None:
+            self._live.open(request)
+
+    def close(self, request: OpenRequest) -> None:
+        """Forget a request that is over."""
+        if self._live is not None:
+            self._live.close(request)
 
     def _place(self, task: Task) -> None:
         self.submit(task)

@@ -478,6 +478,8 @@ def test_ctrl_c_passes_through(
     The event loop has nothing to complain of.
     """
     tasks: list[Task] = []
+    gc.collect()  # other tests have left tasks in loops that they have closed
+    caplog.clear()
 
     async def main() -> None:
         async with Supervisor(config=config) as supervisor:

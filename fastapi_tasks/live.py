@@ -13,7 +13,7 @@ import anyio
 from .observer import Observers, TaskEvent, TaskEventKind
 from .runner import BY_OTHERS, Runner
 from .spawn import Handle, Spawner
-from .tasks import Task, TaskStatus, is_over, settle_unbegun
+from .tasks import Task, TaskStatus, is_over, settle, settle_unbegun
 
 __all__ = ["LiveTasks", "OpenRequest", "give_up"]
 
@@ -132,6 +132,18 @@ class LiveTasks:
             if _has_ended(task):
                 self._over(handle)
 
+    def lose(self, reason: str) -> None:
+        """Give up all tasks, begun or not, since the event loop is closed.
+
+        :param reason: why, for the records
+        """
+        for task in self.tasks():
+            if not is_over(task):
+                settle(task, TaskStatus.CANCELLED)
+                task.context = None
+                event = TaskEvent(TaskEventKind.DROPPED, (task,), reason=reason)
+                self._observers.tell(event)
+
     async def wait_until_empty(self, moment: float) -> bool:
         """Wait until no task is live or waits, or until a moment; return whether none does.
 
@@ -192,7 +204,7 @@ def give_up(
     :param reason: why, for the record
     :param observers: who is told
     :param expected: whether that is what its configuration asks for
-    :return: ``False`` if it was over already
+    :return: ``False`` if it has begun, or was over already
     """
     if not settle_unbegun(task):
         return False

@@ -58,18 +58,16 @@ class Runner:
 
     async def run(self, task: Task) -> None:
         """Run a task to its end, error handler included; only ``KeyboardInterrupt`` escapes."""
-        if is_over(task):
-            return  # cancelled before its first step, which trio takes all the same
         enter(task)
         try:
             if task.is_async:
-                self._begin(task)
+                if not self._begin(task):
+                    return  # cancelled before its first step, which trio takes all the same
                 result = await task.func(*task.args, **task.kwargs)
             else:
                 async with self._threads:
-                    if is_over(task):
+                    if not self._begin(task):
                         return  # cancelled while it waited, which trio may find out too late
-                    self._begin(task)
                     result = await self._call_in_thread(task, _call_of(task))
                 if inspect.isawaitable(result):
                     self._deliver_cancellation(task)
@@ -103,10 +101,12 @@ class Runner:
         finally:
             leave(token)
 
-    def _begin(self, task: Task) -> None:
-        begin(task)
+    def _begin(self, task: Task) -> bool:
+        if not begin(task):
+            return False
         if self._observers.watch_routine:
             self._tell(TaskEventKind.STARTED, task)
+        return True
 
     async def _run_in_thread(self, task: Task, call: Callable[[], Any]) -> Any:
         """Make a call for a task in a thread of its kind, when there is one."""

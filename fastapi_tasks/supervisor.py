@@ -325,7 +325,8 @@ class Supervisor(ImmediateTasks):
         if is_over(task):
             return  # it ended while another thread asked for this
         if task.handle is None:  # it waits for its moment
-            give_up(task, TaskEventKind.CANCELLED, _BY_USER, self._observers)
+            if not give_up(task, TaskEventKind.CANCELLED, _BY_USER, self._observers):
+                self.cancel(task)  # or did: the loop has begun it while a thread was here
         else:
             assert self._live is not None
             self._live.cancel((task,), _BY_USER)
@@ -341,11 +342,10 @@ class Supervisor(ImmediateTasks):
 
     def _lose_loop(self) -> None:
         """Give up what ran in a loop that was closed before anybody drained the supervisor."""
-        lost = self.running
-        self._live = None
+        live, self._live = self._live, None
         self._stop()
-        for task in lost:
-            self._drop(task, _LOST)
+        assert live is not None
+        live.lose(_LOST)
 
 
 def _new_run_id() -> str:

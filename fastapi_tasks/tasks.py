@@ -325,12 +325,19 @@ def leave(token: Token[Task | None]) -> None:
     _current.reset(token)
 
 
-def begin(task: Task) -> None:
-    """Note that the function begins to run. In the loop's thread only."""
-    task._status = _RUNNING
+def begin(task: Task) -> bool:
+    """Note that the function begins to run. In the loop's thread only.
+
+    :return: ``False`` if the task was given up before
+    """
+    with _giving_up:
+        if is_over(task):
+            return False
+        task._status = _RUNNING
     task._attempt += 1
     if task._started is not None:
         task._started.set()
+    return True
 
 
 def is_over(task: Task) -> bool:
@@ -361,10 +368,10 @@ def settle(
 def settle_unbegun(task: Task) -> bool:
     """Note that the task was cancelled before it began, from any thread.
 
-    :return: ``False`` if it was over already
+    :return: ``False`` if it has begun, or was over already
     """
     with _giving_up:  # two threads may want to, and only one of them reports it
-        if is_over(task):
+        if task._status is not _PENDING:
             return False
         settle(task, _CANCELLED)
     return True

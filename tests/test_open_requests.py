@@ -1,0 +1,160 @@
+"""Requests that are still open when the app shuts down: what becomes of what waits in them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import anyio
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from starlette.types import Message
+
+from fastapi_tasks import DrainReport, TaskConfig, Tasks, add_tasks
+
+from .asgi import lifespan, request
+from .conftest import FAKE_CLOCKS, Backend
+from .recording import Observed, Timeline
+
+SHIELD = TaskConfig(shield=True)
+
+
+@pytest.fixture(params=FAKE_CLOCKS)
+def anyio_backend(request: pytest.FixtureRequest) -> Backend:
+    """Time passes when nothing else can happen."""
+    return request.param()
+
+
+def report_of(observed: Observed) -> DrainReport:
+    """Return what came of the drain, which has finished."""
+    report = observed.events[-1].report
+    assert report is not None
+    return report
+
+
+async def hold_on(message: Message) -> None:
+    """Be a client that takes the first of the response, and never the rest."""
+    if message["type"] == "http.response.body":
+        await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("grace", [0, 10])
+async def test_a_response_that_the_server_has_given_up_is_over(
+    observed: Observed, timeline: Timeline, grace: float
+) -> None:
+    """What waited for it starts, and is then treated like any other task at shutdown."""
+    app = FastAPI()
+    add_tasks(app, observers=[observed], grace=grace)
+
+    async def work(name: str) -> None:
+        await anyio.sleep(3)
+        timeline.append(name)
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        tasks.after_response.task(SHIELD).schedule(work, "shielded")
+        tasks.after_response.schedule(work, "unshielded")
+
+    async with anyio.create_task_group() as server, lifespan(app) as served:
+        server.start_soon(lambda: request(app, "/", on_send=hold_on))
+        await anyio.wait_all_tasks_blocked()
+        await served.shutdown()
+        server.cancel_scope.cancel()
+
+    report = report_of(observed)
+    if grace:
+        assert sorted(timeline) == ["shielded", "unshielded"]
+        assert (len(report.finished), report.never_started) == (2, ())
+    else:
+        assert timeline == ["shielded"]
+        assert (len(report.finished), len(report.never_started)) == (1, 1)
+
+
+async def test_an_endpoint_that_was_interrupted_has_time_to_say_so(
+    observed: Observed, timeline: Timeline
+) -> None:
+    """The server has cancelled it and waits no longer, but the app's drain does."""
+    app = FastAPI()
+    add_tasks(app, observers=[observed])
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        tasks.after_response.task(run_if="error", shield=True).schedule(timeline.note, "refunded")
+        tasks.after_response.task(SHIELD).schedule(timeline.note, "charged")
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(2)
+            timeline.append("interrupted")
+
+    async with anyio.create_task_group() as group, lifespan(app) as served:
+        async with anyio.create_task_group() as server:
+            server.start_soon(request, app, "/")
+            await anyio.wait_all_tasks_blocked()
+            server.cancel_scope.cancel()
+            group.start_soon(served.shutdown)
+        await anyio.wait_all_tasks_blocked()
+
+    assert timeline == ["interrupted", "refunded"]
+    report = report_of(observed)
+    assert [task.config.run_if for task in report.finished] == ["error"]
+    assert [task.config.run_if for task in report.never_started] == [None]
+    assert report.duration == pytest.approx(2)
+
+
+async def test_what_waits_for_an_endpoint_that_does_not_end_is_dropped_with_a_record(
+    observed: Observed, timeline: Timeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the five seconds that everything has to end, shielded tasks too: none can begin."""
+    app = FastAPI()
+    add_tasks(app, observers=[observed])
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        tasks.after_route.task(name="index", shield=True).schedule(timeline.note, "index")
+        tasks.after_response.task(name="mail").schedule(timeline.note, "mail")
+        await anyio.sleep_forever()
+
+    async with anyio.create_task_group() as server, lifespan(app) as served:
+        server.start_soon(request, app, "/")
+        await anyio.wait_all_tasks_blocked()
+        await served.shutdown()
+        server.cancel_scope.cancel()
+
+    assert timeline == []
+    report = report_of(observed)
+    assert [task.name for task in report.never_started] == ["index", "mail"]
+    assert report.duration == pytest.approx(5)
+    records = [record.getMessage() for record in caplog.records]
+    assert [record.split()[:4] for record in records] == [
+        ["Task", name, f"({task.id})", "was"]
+        for name, task in zip(["index", "mail"], report.never_started, strict=True)
+    ]
+    assert all("shut down before the moment" in record for record in records)
+
+
+async def test_a_stream_for_which_nothing_waits_holds_nothing_up(
+    observed: Observed, timeline: Timeline
+) -> None:
+    """A drain waits for tasks, not for clients."""
+    app = FastAPI()
+    add_tasks(app, observers=[observed])
+
+    async def forever() -> AsyncIterator[str]:
+        while True:
+            yield "tick"
+            await anyio.sleep_forever()
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> StreamingResponse:
+        tasks.schedule(timeline.note, "now")
+        return StreamingResponse(forever())
+
+    async with anyio.create_task_group() as server, lifespan(app) as served:
+        server.start_soon(request, app, "/")
+        await anyio.wait_all_tasks_blocked()
+        await served.shutdown()
+        server.cancel_scope.cancel()
+
+    assert report_of(observed).duration == 0

@@ -134,6 +134,8 @@ class Drain:
             tuple(self._never_started),
             anyio.current_time() - self._start,
         )
+        # Else both keep each other, and the tasks, until the garbage collector comes.
+        self._live.on_over = None
         self._observers.tell(TaskEvent(TaskEventKind.DRAIN_FINISHED, report=report))
         return report
 

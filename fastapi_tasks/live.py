@@ -140,7 +140,7 @@ class LiveTasks:
         for task in self.tasks():
             if not is_over(task):
                 settle(task, TaskStatus.CANCELLED)
-                task.context = None
+                task.handle = task.context = None
                 event = TaskEvent(TaskEventKind.DROPPED, (task,), reason=reason)
                 self._observers.tell(event)
 

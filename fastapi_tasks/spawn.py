@@ -75,6 +75,9 @@ class Spawner(Protocol):
         ...
 
 
+_abandoned: set[asyncio.Task[None]] = set()
+
+
 class AsyncioSpawner:
     """Starts native tasks in the running asyncio loop, uvloop's included."""
 
@@ -108,6 +111,11 @@ class AsyncioSpawner:
         # asyncio.run cancels and awaits all registered tasks at its end, and would never return.
         # https://docs.python.org/3/library/asyncio-extending.html#task-lifetime-support
         asyncio._unregister_task(handle)
+        # It may go on, though nobody else refers to it, and is not to be complained of if it
+        # never ends: asyncio.gather does that for its own tasks.
+        _abandoned.add(handle)
+        handle.add_done_callback(_abandoned.discard)
+        handle._log_destroy_pending = False
 
     def let_interrupt_pass(self, handle: Handle) -> None:
         # The loop raises it, and would complain as well that nobody asked the task for it.

@@ -213,7 +213,10 @@ class Task(Generic[P, T_co]):
             raise TaskNotFinishedError(self)
         if self._status is _CANCELLED:
             raise TaskCancelledError(self)
-        return self._outcome()
+        try:
+            return self._outcome()
+        finally:
+            del self  # the traceback of an error refers to this frame, and the task to the error
 
     def exception(self) -> BaseException | None:
         """Return what the function raised, ``None`` if the task succeeded or was cancelled.
@@ -248,7 +251,14 @@ class Task(Generic[P, T_co]):
         """
         if is_over(self):
             await anyio.lowlevel.checkpoint()
+        else:
+            await self._until_over()
+        try:
             return self._outcome()
+        finally:
+            del self  # as in result()
+
+    async def _until_over(self) -> None:
         self._owner.expect_waiter(self)
         event = self._finished
         if event is None:
@@ -257,7 +267,6 @@ class Task(Generic[P, T_co]):
         # and then one of both sees what the other did.
         if not is_over(self):
             await event.wait()
-        return self._outcome()
 
     def _outcome(self) -> T_co:
         error = self._error
@@ -271,7 +280,7 @@ class Task(Generic[P, T_co]):
             # SystemExit would end the server with the one who waits.
             raise TaskFailedError(self, error) from error
         finally:
-            del error  # its traceback refers to this frame
+            del self, error  # as in result()
 
     async def __call__(self) -> T_co:
         """Run the function again, here, with the same arguments, and return what it returns.

@@ -1,12 +1,34 @@
-"""Event loops whose time passes when nothing else can happen, so that no test has to sleep."""
+"""Event loops of every kind, among them some whose time passes when nothing else can happen, so
+that no test has to sleep."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
+from collections.abc import Callable
 from typing import Any
 
 import trio.testing
+
+EAGER_TASKS: Any = getattr(asyncio, "eager_task_factory", None)
+"""asyncio's way to take a task's first step at once, where this Python has it."""
+
+
+def asyncio_loop(
+    make: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+    *,
+    task_factory: Any = None,
+) -> asyncio.AbstractEventLoop:
+    """Return an asyncio loop that says of no step that it was slow, not in debug mode either.
+
+    :param make: what makes it
+    :param task_factory: what makes its tasks
+    """
+    loop = make()
+    loop.slow_callback_duration = math.inf
+    loop.set_task_factory(task_factory)
+    return loop
 
 
 class FakeClockLoop(asyncio.SelectorEventLoop):

@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ from fastapi_tasks import (
     get_supervisor,
 )
 
-from .conftest import BACKENDS, FAKE_CLOCKS, Backend
+from .clocks import FakeClockLoop
+from .conftest import ASYNCIO_BACKENDS, BACKENDS, FAKE_CLOCKS, Backend
 from .recording import Observed, let_others_run
 
 SHIELD = TaskConfig(shield=True)
@@ -336,6 +338,35 @@ async def test_a_task_that_was_cancelled_before_is_left_to_its_clean_up(
     assert (ship.cancelled_at, ship.over_at) == (pytest.approx(0), pytest.approx(3))
     assert (report.cancelled, seconds) == ((task,), pytest.approx(3))
     assert "drain_cancelling" not in observed.kinds()
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"loop_factory": FakeClockLoop})])
+async def test_an_abandoned_task_goes_on_though_nobody_refers_to_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The garbage collector does not end it, and the event loop has nothing to say of it."""
+
+    class Cargo:
+        pass
+
+    held: list[weakref.ref[Cargo]] = []
+
+    async def drift() -> None:
+        cargo = Cargo()
+        held.append(weakref.ref(cargo))
+        while True:
+            with suppress(asyncio.CancelledError):
+                await anyio.Event().wait()
+
+    supervisor = Supervisor(shutdown_timeout=1)
+    await supervisor.start()
+    await supervisor.schedule(drift).started.wait()
+    await supervisor.drain()
+    await let_others_run()
+    gc.collect()
+
+    assert held[0]() is not None
+    assert {record.name for record in caplog.records} == {"fastapi_tasks"}
 
 
 async def test_an_abandoned_task_cannot_be_cancelled() -> None:
@@ -967,7 +998,7 @@ async def test_a_supervisor_whose_drain_was_cancelled_can_be_started_again() -> 
     assert (old.status, report.finished) == (TaskStatus.CANCELLED, (new,))
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend", ASYNCIO_BACKENDS)
 def test_the_end_of_asyncio_does_not_wait_for_an_abandoned_task(
     backend: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""The main promises, kept in a real server process, over real connections, with real signals."""
+"""Promises kept in a real server process, with real signals: what all servers have in common."""
 
 from __future__ import annotations
 
@@ -9,14 +9,6 @@ from contextlib import closing
 import pytest
 
 from .servers import End, serve
-
-TASK_ID = r"\([0-9a-f]+-\d+\)"
-
-
-def ours(end: End) -> list[str]:
-    """Return what stands on standard error beside the log of uvicorn, without the tasks' ids."""
-    lines = [line for line in end.log if not re.match(r"(INFO|WARNING): {2,5}\S", line)]
-    return [re.sub(f" {TASK_ID}", "", line) for line in lines]
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -73,7 +65,7 @@ def test_a_task_that_wants_to_end_the_process_has_failed_and_that_is_all() -> No
     with serve("moments:app") as server:
         assert server.get("/leave") == (200, b"null")
         assert server.get("/release") == (200, b"null")
-        record, *traceback = ours(server.stop())
+        record, *traceback = server.stop().ours
     assert record == "Task leave failed in attempt 1"
     assert traceback[0] == "Traceback (most recent call last):"
     assert traceback[-1] == "SystemExit: 3"
@@ -117,7 +109,7 @@ def test_the_lifespan_closes_nothing_before_the_last_task_has_ended(drained: End
 
 def test_standard_error_has_nothing_but_the_log(drained: End) -> None:
     """One record names who was cancelled; no traceback and no complaint of the event loop's."""
-    assert ours(drained) == ["Shutdown: cancelling lost"]
+    assert drained.ours == ["Shutdown: cancelling lost"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -135,7 +127,7 @@ def test_a_server_with_tasks_ends_like_one_without(number: signal.Signals) -> No
 def test_tasks_that_run_change_nothing_about_the_exit_status(drained: End) -> None:
     """Whoever started the server sees it end as if there had been no task."""
     with serve("idle:plain") as plain:
-        plain.connect()
+        plain.get("/openapi.json")
         assert drained.status == plain.stop().status
 
 
@@ -153,7 +145,7 @@ def test_a_shielded_task_schedules_more_while_the_server_stops() -> None:
         "kept finished while the resource is open",
         "resource closed",
     ]
-    assert ours(end) == [
+    assert end.ours == [
         "Shutdown: cancelling lost",
         "Task lost was dropped: the app is shutting down, and the task is not shielded",
     ]
@@ -178,7 +170,7 @@ def test_a_request_that_is_served_when_the_signal_comes_still_has_its_tasks_run(
         "kept finished while the resource is open",
         "resource closed",
     ]
-    assert ours(end) == []
+    assert end.ours == []
 
 
 def test_a_task_that_does_not_end_is_left_behind() -> None:
@@ -188,7 +180,7 @@ def test_a_task_that_does_not_end_is_left_behind() -> None:
         server.said.wait_for("stubborn started")
         end = server.stop()
     assert end.said == ["stubborn started", "stubborn goes on", "resource closed"]
-    assert ours(end) == [
+    assert end.ours == [
         "Shutdown: cancelling stubborn",
         "Shutdown: abandoning stubborn, which did not end in time",
     ]
@@ -205,4 +197,4 @@ def test_a_shielded_task_that_takes_longer_than_shutdown_timeout_is_cancelled() 
         "long cancelled while the resource is open",
         "resource closed",
     ]
-    assert ours(end) == ["Shutdown: cancelling long"]
+    assert end.ours == ["Shutdown: cancelling long"]

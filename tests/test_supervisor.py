@@ -41,7 +41,7 @@ from fastapi_tasks.inbox import Inbox
 from fastapi_tasks.spawn import Spawner
 
 from . import asgi
-from .conftest import BACKENDS, Backend
+from .conftest import ASYNCIO_BACKENDS, BACKENDS, Backend
 from .recording import Observed
 
 
@@ -965,7 +965,7 @@ async def test_sync_endpoints_do_not_starve_sync_tasks() -> None:
 # asyncio's own
 
 
-@pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
+@pytest.mark.parametrize("anyio_backend", ASYNCIO_BACKENDS)
 async def test_asyncio_tasks_carry_the_names_of_ours() -> None:
     """Debuggers and asyncio's own warnings show what it is about."""
     async with Supervisor() as supervisor:
@@ -974,7 +974,7 @@ async def test_asyncio_tasks_carry_the_names_of_ours() -> None:
         assert "catalogue" in {task.get_name() for task in asyncio.all_tasks()}
 
 
-@pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
+@pytest.mark.parametrize("anyio_backend", ASYNCIO_BACKENDS)
 async def test_a_task_that_a_stranger_cancels_before_its_first_step_is_over(
     observed: Observed,
 ) -> None:
@@ -988,33 +988,3 @@ async def test_a_task_that_a_stranger_cancels_before_its_first_step_is_over(
 
         assert (task.status, task.attempt) == (TaskStatus.CANCELLED, 0)
         assert observed.kinds(task) == ["scheduled", "cancelled"]
-
-
-EAGER: Any = getattr(asyncio, "eager_task_factory", None)
-
-
-@pytest.mark.parametrize(
-    "factory",
-    [
-        pytest.param(None, id="default"),
-        pytest.param(
-            EAGER,
-            id="eager",
-            marks=pytest.mark.skipif(EAGER is None, reason="this Python has no eager tasks"),
-        ),
-    ],
-)
-@pytest.mark.parametrize("debug", [False, True])
-def test_the_moments_do_not_depend_on_the_loops_task_factory(factory: Any, debug: bool) -> None:
-    """A task does not begin in the middle of schedule(), and its context is its own."""
-
-    async def main() -> tuple[TaskStatus, str]:
-        asyncio.get_running_loop().set_task_factory(factory)
-        shelf.set("schedule")
-        async with Supervisor() as supervisor:
-            task = supervisor.schedule(look)
-            status = task.status
-            shelf.set("later")
-            return status, await task.wait()
-
-    assert asyncio.run(main(), debug=debug) == (TaskStatus.PENDING, "schedule")

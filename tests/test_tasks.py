@@ -37,7 +37,7 @@ from fastapi_tasks import (
     current_task,
 )
 
-from .conftest import BACKENDS
+from .conftest import ASYNCIO_BACKENDS
 
 
 class SpoiltError(Exception):
@@ -758,7 +758,7 @@ async def test_somebody_elses_call_does_not_hold_up_a_cancellation() -> None:
     assert (status, len(calls)) == (TaskStatus.CANCELLED, 2)
 
 
-@pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
+@pytest.mark.parametrize("anyio_backend", ASYNCIO_BACKENDS)
 async def test_a_task_that_calls_itself_is_not_cancelled_while_a_thread_runs_for_it() -> None:
     """The cancellation waits for the last of its threads; asyncio's would abandon that one."""
     gates, entered = [threading.Event(), threading.Event()], threading.Semaphore(0)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Generator
 
+import anyio
 from fastapi import BackgroundTasks, FastAPI
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, field_serializer
@@ -18,7 +19,7 @@ api = FastAPI()
 add_tasks(api)
 app = TellingWhenSent(api)
 
-released = asyncio.Event()
+released = anyio.Event()
 
 
 class Receipt(BaseModel):
@@ -92,7 +93,7 @@ async def prompt(tasks: Tasks) -> Receipt:
 @api.get("/background")
 async def background(tasks: Tasks, background_tasks: BackgroundTasks) -> None:
     """Have FastAPI run a task of its own that goes on until ours has started."""
-    started = asyncio.Event()
+    started = anyio.Event()
 
     async def start() -> None:
         started.set()
@@ -118,7 +119,20 @@ async def endless(tasks: Tasks) -> StreamingResponse:
 
     async def parts() -> AsyncGenerator[bytes]:
         yield b"first part"
-        await asyncio.Event().wait()
+        await anyio.sleep_forever()
+
+    return StreamingResponse(parts())
+
+
+@api.get("/ticking")
+async def ticking(tasks: Tasks) -> StreamingResponse:
+    """Stream the same part again and again, without ever coming to an end."""
+    tasks.after_response.schedule(work, "after_response")
+
+    async def parts() -> AsyncGenerator[bytes]:
+        while True:
+            yield b"first part"
+            await anyio.sleep(0.05)
 
     return StreamingResponse(parts())
 

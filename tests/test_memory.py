@@ -1,0 +1,98 @@
+"""What is over leaves nothing behind: memory does not grow with the number of requests."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from fastapi_tasks import Supervisor, Task
+
+from . import load
+
+SLACK = 500
+"""How many objects may be there that belong to nobody's request: threads and what they need."""
+
+OURS = ("fastapi_tasks", "tests")
+THEIRS = {"_asyncio.Task", "builtins.coroutine", "builtins.frame", "builtins.traceback"}
+
+
+def check(growth: dict[str, int]) -> None:
+    """Fail if there are more tasks than before, ours or the loop's, or many more of anything."""
+    assert {
+        kind: more
+        for kind, more in growth.items()
+        if kind.partition(".")[0] in OURS or kind in THEIRS
+    } == {}
+    assert sum(growth.values()) < SLACK, growth
+
+
+async def test_requests_leave_nothing_behind() -> None:
+    """Whatever became of their tasks, and without any help by the garbage collector."""
+    check(await load.growth_of_requests(1000))
+
+
+async def test_starts_and_drains_leave_nothing_behind() -> None:
+    """A supervisor that is drained lets go of the tasks that it has reported."""
+    check(await load.growth_of_cycles(1000))
+
+
+async def wait_for(tasks: list[Task]) -> None:
+    """Wait for a task that nobody else knows."""
+    await tasks.pop().wait()
+
+
+async def look_at(tasks: list[Task]) -> None:
+    """Look at the result of a task that nobody else knows."""
+    tasks.pop().result()
+
+
+@pytest.mark.parametrize("ask", [wait_for, look_at])
+async def test_who_asks_for_a_failure_does_not_keep_it(
+    ask: Callable[[list[Task]], Awaitable[None]],
+) -> None:
+    """The error has passed through the task's own methods, and leads back to it by none."""
+    with load.silence():
+        async with Supervisor() as supervisor:
+            tasks = [supervisor.schedule(load.drop)]
+            task = weakref.ref(tasks[0])
+            gc.disable()
+            try:
+                while supervisor.running:
+                    await anyio.lowlevel.checkpoint()
+                with pytest.raises(load.DroppedError):
+                    await ask(tasks)
+                await anyio.lowlevel.checkpoint()
+                assert task() is None
+            finally:
+                gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("what", "count"), [("growth_of_requests", 100_000), ("growth_of_cycles", 10_000)]
+)
+def test_memory_does_not_grow_with_the_days(what: str, count: int) -> None:
+    """The same for long, in a process where nobody measures which lines run."""
+    program = (
+        "import json, anyio; from tests import load; "
+        f"print(json.dumps(anyio.run(load.{what}, {count})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        env={name: value for name, value in os.environ.items() if "COVERAGE" not in name},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+
+    check(json.loads(done.stdout))

@@ -112,8 +112,9 @@ class LiveTasks:
             request.end_response()
 
     def drop_waiting(self, reason: str) -> None:
-        """Give up what still waits for a moment of its request."""
-        for request in self._requests.copy():
+        """Give up what still waits for a moment of its request, and wait for no request more."""
+        requests, self._requests = self._requests, set()
+        for request in requests:
             request.drop_waiting(reason)
 
     def abandon(self, tasks: tuple[Task, ...]) -> None:

@@ -327,9 +327,13 @@ class Supervisor(ImmediateTasks):
         if task.handle is None:  # it waits for its moment
             if not give_up(task, TaskEventKind.CANCELLED, _BY_USER, self._observers):
                 self.cancel(task)  # or did: the loop has begun it while a thread was here
-        else:
+        elif get_ident() == self._thread:
             assert self._live is not None
             self._live.cancel((task,), _BY_USER)
+        else:
+            # The loop has started it while a thread was here. If it takes nothing any more, it is
+            # stopping, and gives the task up itself.
+            self._is_handed_over(self._cancel_one, task)
 
     def _close(self) -> None:
         self._state = _State.CLOSING

@@ -134,6 +134,29 @@ async def test_what_waits_for_an_endpoint_that_does_not_end_is_dropped_with_a_re
     assert all("shut down before the moment" in record for record in records)
 
 
+async def test_what_such_an_endpoint_schedules_later_holds_nothing_up(
+    observed: Observed, timeline: Timeline
+) -> None:
+    """The drain ends with the last task that runs, and not with the request."""
+    app = FastAPI()
+    add_tasks(app, observers=[observed])
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        tasks.task(SHIELD).schedule(anyio.sleep, 20)
+        await anyio.sleep(10)
+        tasks.after_response.schedule(timeline.note, "late")
+        await anyio.sleep_forever()
+
+    async with anyio.create_task_group() as server, lifespan(app) as served:
+        server.start_soon(request, app, "/")
+        await anyio.wait_all_tasks_blocked()
+        await served.shutdown()
+        server.cancel_scope.cancel()
+
+    assert report_of(observed).duration == pytest.approx(20)
+
+
 async def test_a_stream_for_which_nothing_waits_holds_nothing_up(
     observed: Observed, timeline: Timeline
 ) -> None:

@@ -32,6 +32,7 @@ from unittest import mock
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
+import trio
 
 from fastapi_tasks import (
     DrainReport,

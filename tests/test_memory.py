@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from fastapi_tasks import Supervisor, Task
+from fastapi_tasks import Supervisor, Task, TaskEventKind
 
-from . import load
+from . import asgi, load
+from .recording import Observed
 
 SLACK = 500
 """How many objects may be there that belong to nobody's request: threads and what they need."""
@@ -34,6 +36,24 @@ def check(growth: dict[str, int]) -> None:
         if kind.partition(".")[0] in OURS or kind in THEIRS
     } == {}
     assert sum(growth.values()) < SLACK, growth
+
+
+async def test_the_load_has_tasks_of_every_fate(observed: Observed) -> None:
+    """What follows says something only if they were scheduled, and became what they should."""
+    app = load.port(observed)
+    async with asgi.lifespan(app):
+        with load.silence():
+            await load.send_requests(app, 100)
+
+    kinds = Counter(observed.kinds())
+    ends = [kinds[end] for end in ("finished", "failed", "cancelled", "dropped")]
+    assert sum(ends) == kinds[TaskEventKind.SCHEDULED] > 300
+    assert min(ends) >= 10
+    assert {event.task.name for event in observed.events if event.kind == "failed"} == {
+        "drop",
+        "drop_all",
+        "drop_in_thread",
+    }
 
 
 async def test_requests_leave_nothing_behind() -> None:

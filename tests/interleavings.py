@@ -972,7 +972,13 @@ def run(
             # In a thread of its own: coverage loses track of the callers of a loop in which tasks
             # are cancelled before their first step.
             with ThreadPoolExecutor(1) as thread:
-                thread.submit(anyio.run, main, backend=backend, backend_options=options).result()
+                if backend == "trio":  # older versions of anyio.run leave the clock out
+                    running = thread.submit(trio.run, main, **options)
+                else:
+                    running = thread.submit(
+                        anyio.run, main, backend=backend, backend_options=options
+                    )
+                running.result()
         except Exception as error:
             reasons = "; ".join(_reasons_of(error))
             history = "\n    ".join(world.history)

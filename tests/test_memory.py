@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import os
@@ -20,6 +21,7 @@ from fastapi_tasks import Supervisor, Task, TaskEventKind
 
 from . import asgi, load
 from .recording import Observed
+from .servers import PATIENCE
 
 SLACK = 500
 """How many objects may be there that belong to nobody's request: threads and what they need."""
@@ -106,6 +108,7 @@ def test_memory_does_not_grow_with_the_days(what: str, count: int) -> None:
         "import json, anyio; from tests import load; "
         f"print(json.dumps(anyio.run(load.{what}, {count})))"
     )
+    faulthandler.cancel_dump_traceback_later()  # the process has a longer limit of its own
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).parents[1],
@@ -113,6 +116,7 @@ def test_memory_does_not_grow_with_the_days(what: str, count: int) -> None:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
+        timeout=10 * PATIENCE,
     )
 
     check(json.loads(done.stdout))

@@ -146,7 +146,8 @@ class Connection:
 
     def has_waiting(self) -> bool:
         """Return whether tasks wait for one of the connection's moments."""
-        return self.scheduler is not None and self.scheduler.has_waiting()
+        assert self.scheduler is not None
+        return self.scheduler.has_waiting()
 
     def end_response(self) -> None:
         """Release what waits for the response, if that has begun: the server is done with it."""
@@ -156,8 +157,8 @@ class Connection:
 
     def drop_waiting(self, reason: str) -> None:
         """Give up the tasks that wait for one of the connection's moments."""
-        if self.scheduler is not None:
-            self.scheduler.drop_waiting(reason)
+        assert self.scheduler is not None
+        self.scheduler.drop_waiting(reason)
 
     @property
     def _went_well(self) -> bool:

@@ -134,8 +134,6 @@ class Runner:
     async def _end_with(self, task: Task, error: BaseException) -> None:
         if is_over(task):
             return  # cancelled while it waited for a thread
-        if task.abandoned and isinstance(error, GeneratorExit):
-            return  # collected after the end of its loop, and reported long before
         if self._is_cancellation(error):
             settle(task, TaskStatus.CANCELLED)
             if task.cancel_reason:

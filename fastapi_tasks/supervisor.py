@@ -279,13 +279,13 @@ class Supervisor(ImmediateTasks):
 
     def open(self, request: OpenRequest) -> None:
         """Take note of a request that has taken tasks, until :meth:`close`."""
-        if self._live is not None:
-            self._live.open(request)
+        assert self._live is not None
+        self._live.open(request)
 
     def close(self, request: OpenRequest) -> None:
         """Forget a request that is over."""
-        if self._live is not None:
-            self._live.close(request)
+        assert self._live is not None
+        self._live.close(request)
 
     def _place(self, task: Task) -> None:
         self.submit(task)

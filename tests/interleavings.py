@@ -1059,16 +1059,14 @@ def carry_out(seed: int, loops: Sequence[str], until: float = 0.0) -> None:
     """
     counts: Counter[str] = Counter()
     steps = 0
-    while True:
-        plan = make_plan(seed)
+    further = itertools.takewhile(lambda _: time.monotonic() < until, itertools.count(seed + 1))
+    for each in itertools.chain([seed], further):
+        plan = make_plan(each)
         for loop in loops:
             if run(plan, loop) is not None:
                 raise shrink(plan, loop)
             counts[loop] += 1
             steps += len(plan.steps)
-        if time.monotonic() >= until:
-            break
-        seed += 1
     per_loop = ", ".join(f"{number} on {loop}" for loop, number in counts.items())
     _say(f"{counts.total()} plans with {steps} steps: {per_loop}")
 

@@ -37,7 +37,7 @@ from fastapi_tasks import (
 )
 
 from . import asgi
-from .conftest import BACKENDS, Backend
+from .conftest import ASYNCIO_BACKENDS, BACKENDS, Backend
 from .recording import Observed
 from .servers import PATIENCE
 
@@ -378,6 +378,32 @@ async def test_a_task_that_cancels_itself_and_fails_has_its_handler(is_async: bo
         await idle(supervisor)
 
     assert handled == [task.exception()]
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO_BACKENDS)
+async def test_a_second_cancellation_is_not_taken_for_the_first() -> None:
+    """One that comes while the first is on its way to nobody is the error handler's."""
+    interrupted: list[BaseException] = []
+
+    async def wait_for_ever(task: Task, error: Exception) -> None:
+        try:
+            await anyio.sleep_forever()
+        except asyncio.CancelledError as cancellation:
+            interrupted.append(cancellation)
+            raise
+
+    async def bow_and_be_pushed() -> None:
+        pushed = asyncio.current_task()
+        assert pushed is not None
+        current_task().cancel()
+        asyncio.get_running_loop().call_soon(pushed.cancel)
+        await stumble()
+
+    async with Supervisor(config=TaskConfig(on_error=wait_for_ever)) as supervisor:
+        supervisor.schedule(bow_and_be_pushed)
+        await idle(supervisor)
+
+    assert len(interrupted) == 1
 
 
 async def test_a_task_may_cancel_all_others() -> None:

@@ -37,6 +37,7 @@ from fastapi_tasks import (
     current_task,
     get_supervisor,
 )
+from fastapi_tasks import supervisor as supervisor_module
 from fastapi_tasks.inbox import Inbox
 from fastapi_tasks.spawn import Spawner
 
@@ -292,6 +293,35 @@ def test_a_loop_that_is_closed_under_its_tasks_loses_them(observed: Observed) ->
         assert observed.kinds(task)[-1] == "dropped"
 
 
+def test_a_failure_that_was_being_handled_when_the_loop_was_closed_stays_one(
+    observed: Observed,
+) -> None:
+    """The task was over, and only its handler is lost."""
+
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    async def handle(task: Task, error: Exception) -> None:
+        handling.set()
+        await anyio.sleep_forever()
+
+    supervisor = Supervisor(config=TaskConfig(on_error=handle), observers=[observed])
+    loop = asyncio.new_event_loop()
+    handling = asyncio.Event()
+    loop.run_until_complete(supervisor.start())
+    task = supervisor.schedule(fail)
+    loop.run_until_complete(handling.wait())
+    loop.close()
+
+    async def main() -> None:
+        async with supervisor:
+            assert supervisor.running == ()
+
+    asyncio.run(main())
+    assert task.status is TaskStatus.FAILED
+    assert observed.kinds(task) == ["scheduled", "started", "failed"]
+
+
 def test_who_waits_in_a_loop_that_is_closed_is_lost_with_it(observed: Observed) -> None:
     """Nobody can be woken up there, which does not keep the supervisor from starting again."""
     supervisor = Supervisor(observers=[observed])
@@ -492,6 +522,36 @@ def test_a_call_that_interrupts_another_one_does_not_wait_for_it() -> None:
     for wake_up in wake_ups:
         wake_up()
     assert sorted(calls) == ["finalizer's", "thread's"]
+
+
+@pytest.mark.parametrize(("step", "calls_before"), [("is_over", 1), ("give_up", 0)])
+async def test_what_a_thread_cancels_while_the_loop_begins_it_is_cancelled(
+    observed: Observed, monkeypatch: pytest.MonkeyPatch, step: str, calls_before: int
+) -> None:
+    """By the loop, to which the thread turns again."""
+    supervisor = Supervisor(observers=[observed])
+    batch = TasksScheduler(supervisor).after_response
+    task = batch.schedule(read)
+    take_step = getattr(supervisor_module, step)
+    calls = iter(range(calls_before + 1))
+
+    async def start_and_release() -> None:
+        await supervisor.start()
+        batch.release(failed=False)
+        await task.started.wait()
+
+    def interrupt(*args: object) -> Any:
+        if next(calls) == calls_before:
+            monkeypatch.undo()
+            anyio.from_thread.run(start_and_release)
+        return take_step(*args)
+
+    monkeypatch.setattr(supervisor_module, step, interrupt)
+    assert await anyio.to_thread.run_sync(task.cancel)
+    await task.wait()
+    await supervisor.drain()
+
+    assert observed.kinds(task) == ["scheduled", "started", "cancelled"]
 
 
 async def test_what_a_thread_does_twice_happens_once(observed: Observed) -> None:

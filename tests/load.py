@@ -259,22 +259,15 @@ async def growth(work: Callable[[int], Awaitable[None]], count: int) -> dict[str
         gc.disable()
         try:
             await work(count)
-            return await left_since(before)
+            # A worker thread lets go of its last call a moment after the event loop has got the
+            # result, so that one look may come too early.
+            looks: list[Counter[str]] = []
+            for _ in range(20):
+                await anyio.lowlevel.checkpoint()
+                looks.append(census() - before)
+            return min(looks, key=Counter.total)
         finally:
             gc.enable()
-
-
-async def left_since(before: Counter[str]) -> Counter[str]:
-    """Return what is there now and was not before, of each type.
-
-    A worker thread lets go of its last call a moment after the event loop has got the result, so
-    that one look may come too early.
-    """
-    left = census() - before
-    for _ in range(20):
-        await anyio.lowlevel.checkpoint()
-        left = min(left, census() - before, key=Counter.total)
-    return left
 
 
 async def growth_of_requests(count: int) -> dict[str, int]:

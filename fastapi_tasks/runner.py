@@ -79,7 +79,8 @@ class Runner:
                 # By its error the task leads to the function's frames, and those must not lead
                 # back: neither by this frame, the next one outwards on 3.12 and newer, nor by
                 # this context, which trio's threads refer to.
-                enter(None)
+                if not isinstance(error, GeneratorExit):  # or another task's, if it is collected
+                    enter(None)
                 del task
         else:
             settle(task, _SUCCEEDED, result=result)

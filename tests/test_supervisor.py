@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -320,6 +321,27 @@ def test_a_failure_that_was_being_handled_when_the_loop_was_closed_stays_one(
     asyncio.run(main())
     assert task.status is TaskStatus.FAILED
     assert observed.kinds(task) == ["scheduled", "started", "failed"]
+
+
+def test_a_task_of_a_closed_loop_is_collected_without_a_trace_in_another_task() -> None:
+    """Whichever task runs when the garbage collector comes, is the current one before and after."""
+    lost = Supervisor()
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(lost.start())
+    loop.run_until_complete(lost.schedule(read).started.wait())
+    loop.close()
+    del lost, loop
+
+    async def collect() -> Task:
+        gc.collect()
+        return current_task()
+
+    async def main() -> None:
+        async with Supervisor() as supervisor:
+            task = supervisor.schedule(collect)
+            assert await task.wait() is task
+
+    asyncio.run(main())
 
 
 def test_who_waits_in_a_loop_that_is_closed_is_lost_with_it(observed: Observed) -> None:

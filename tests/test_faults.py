@@ -9,7 +9,6 @@ import asyncio
 import functools
 import gc
 import logging
-import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -566,30 +565,6 @@ async def test_an_observer_may_schedule_tasks() -> None:
         supervisor.schedule(stay)
 
     assert set(booked) == {"scheduled", "drain_started", "drain_cancelling", "cancelled"}
-
-
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")  # the stack may end anywhere
-@pytest.mark.parametrize("kind", [TaskEventKind.SCHEDULED, TaskEventKind.DROPPED])
-async def test_an_observer_that_never_stops_is_stopped_by_the_stack(kind: TaskEventKind) -> None:
-    """A task for each task is a task without end; it costs some tasks, and not the app."""
-    told: list[TaskEvent] = []
-
-    def observe(event: TaskEvent) -> None:
-        if event.kind is kind:
-            told.append(event)
-            supervisor.schedule(juggle)
-
-    supervisor = Supervisor(observers=[observe])
-    async with supervisor:
-        task = supervisor.schedule(juggle)
-        await idle(supervisor)
-        assert task.result() == 3
-        await check_that_it_works(supervisor)
-    late = supervisor.schedule(juggle)
-
-    assert late.status is TaskStatus.CANCELLED
-    assert supervisor.running == ()
-    assert 3 < len(told) < 3 * sys.getrecursionlimit()
 
 
 async def test_an_observer_that_blocks_holds_up_the_loop_and_no_thread() -> None:

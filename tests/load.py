@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-import inspect
 import logging
-import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -243,10 +241,6 @@ async def cycle(supervisor: Supervisor, count: int) -> None:
 
 def census() -> Counter[str]:
     """Count the objects that are alive, by their type."""
-    # Whoever looks at the stack makes objects of its frames, as asyncio's debug mode does at some
-    # time or other: so make them before each census.
-    for _ in traceback.walk_stack(inspect.currentframe()):
-        pass
     return Counter(
         f"{type(each).__module__}.{type(each).__qualname__}" for each in gc.get_objects()
     )

@@ -20,6 +20,7 @@ from starlette.types import Message
 from fastapi_tasks import Supervisor, Task, TaskObserver, Tasks, add_tasks, get_supervisor
 
 from . import asgi
+from .recording import idle
 from .servers import PATIENCE
 
 PEERS = 10
@@ -200,9 +201,7 @@ async def send_requests(app: FastAPI, count: int) -> None:
         async with anyio.create_task_group() as group:
             for _ in range(PEERS):
                 group.start_soon(_be_client, app, numbers)
-        with anyio.fail_after(PATIENCE):
-            while get_supervisor(app).running:
-                await anyio.lowlevel.checkpoint()
+        await idle(get_supervisor(app))
 
 
 async def _be_client(app: FastAPI, numbers: Iterator[int]) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import anyio
 import anyio.lowlevel
+import pytest
 from starlette.types import Message
 
-from fastapi_tasks import Task, TaskEvent, TaskEventKind
+from fastapi_tasks import Supervisor, Task, TaskEvent, TaskEventKind
+
+from .servers import PATIENCE
 
 
 class Observed:
@@ -47,3 +52,15 @@ async def let_others_run() -> None:
     """Give every task that can run the time for its next step."""
     for _ in range(3):
         await anyio.lowlevel.checkpoint()
+
+
+async def idle(supervisor: Supervisor) -> None:
+    """Wait until nothing runs any more, error handlers included."""
+    with anyio.fail_after(PATIENCE):
+        while supervisor.running:
+            await anyio.lowlevel.checkpoint()
+
+
+def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Return the package's own records."""
+    return [record for record in caplog.records if record.name == "fastapi_tasks"]

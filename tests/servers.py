@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -102,14 +102,11 @@ HYPERCORN = Kind(
     limit=("--config", "tests/apps/hypercorn.toml"),  # 2 seconds, always: it has no option
     request_limit=("--graceful-timeout", "1"),
 )
-HYPERCORN_TRIO = Kind(
-    "hypercorn, trio",
-    ("hypercorn", "trio"),
-    ("hypercorn", "--bind", "127.0.0.1:0", "--worker-class", "trio"),
-    ready="Running on",
-    log=_STAMP,
-    limit=("--config", "tests/apps/hypercorn.toml"),  # 2 seconds, always: it has no option
-    request_limit=("--graceful-timeout", "1"),
+HYPERCORN_TRIO = replace(
+    HYPERCORN,
+    name="hypercorn, trio",
+    packages=("hypercorn", "trio"),
+    command=(*HYPERCORN.command, "--worker-class", "trio"),
 )
 GRANIAN = Kind(
     "granian",

@@ -38,7 +38,7 @@ from fastapi_tasks import (
 
 from . import asgi
 from .conftest import BACKENDS, Backend
-from .recording import Observed
+from .recording import Observed, idle, ours
 
 
 class LeakError(Exception):
@@ -65,22 +65,11 @@ async def flow(litres: int = 1) -> int:
     return litres
 
 
-def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """Return the package's own records."""
-    return [record for record in caplog.records if record.name == "fastapi_tasks"]
-
-
 async def over(*tasks: Task) -> None:
     """Wait until tasks are over, however they end."""
     for task in tasks:
         with suppress(BaseException):
             await task.wait()
-
-
-async def idle(supervisor: Supervisor) -> None:
-    """Wait until nothing runs any more, error handlers included."""
-    while supervisor.running:
-        await anyio.lowlevel.checkpoint()
 
 
 async def check_that_it_works(supervisor: Supervisor) -> None:

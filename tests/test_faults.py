@@ -37,7 +37,7 @@ from fastapi_tasks import (
 
 from . import asgi
 from .conftest import ASYNCIO_BACKENDS, BACKENDS, Backend
-from .recording import Observed
+from .recording import Observed, idle, ours
 from .servers import PATIENCE
 
 
@@ -66,23 +66,11 @@ async def stay() -> None:
     await anyio.sleep_forever()
 
 
-async def idle(supervisor: Supervisor) -> None:
-    """Wait until nothing runs any more, error handlers included."""
-    with anyio.fail_after(PATIENCE):
-        while supervisor.running:
-            await anyio.lowlevel.checkpoint()
-
-
 async def check_that_it_works(supervisor: Supervisor) -> None:
     """Fail unless a supervisor still runs tasks."""
     with anyio.fail_after(PATIENCE):
         assert await supervisor.schedule(juggle).wait() == 3
     await idle(supervisor)
-
-
-def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """Return the package's own records."""
-    return [record for record in caplog.records if record.name == "fastapi_tasks"]
 
 
 async def raise_stray_cancellation(*args: object) -> None:

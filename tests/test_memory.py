@@ -20,7 +20,7 @@ import pytest
 from fastapi_tasks import Supervisor, Task, TaskEventKind
 
 from . import asgi, load
-from .recording import Observed
+from .recording import Observed, idle
 from .servers import PATIENCE
 
 SLACK = 500
@@ -92,8 +92,7 @@ async def test_who_asks_for_a_failure_does_not_keep_it(
             task = weakref.ref(tasks[0])
             gc.disable()
             try:
-                while supervisor.running:
-                    await anyio.lowlevel.checkpoint()
+                await idle(supervisor)
                 with pytest.raises(load.DroppedError):
                     await ask(tasks)
                 await anyio.lowlevel.checkpoint()

@@ -25,7 +25,7 @@ from fastapi_tasks import (
     TaskStatus,
 )
 
-from .recording import Observed
+from .recording import Observed, idle, ours
 
 
 class CrossedLinesError(Exception):
@@ -55,17 +55,6 @@ async def hold() -> None:
 async def misdial(task: Task, error: Exception) -> None:
     """Fail to handle the failure."""
     raise CrossedLinesError("again")
-
-
-def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """Return the package's own records."""
-    return [record for record in caplog.records if record.name == "fastapi_tasks"]
-
-
-async def idle(supervisor: Supervisor) -> None:
-    """Wait until nothing runs any more, error handlers included."""
-    while supervisor.running:
-        await anyio.lowlevel.checkpoint()
 
 
 # One task

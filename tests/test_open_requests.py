@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import anyio
 import pytest
@@ -37,6 +38,15 @@ async def hold_on(message: Message) -> None:
         await anyio.sleep_forever()
 
 
+async def shut_down_during_a_request(app: FastAPI, **options: Any) -> None:
+    """Shut an app down while a request is open, as a server that has lost its patience does."""
+    async with anyio.create_task_group() as server, lifespan(app) as served:
+        server.start_soon(lambda: request(app, "/", **options))
+        await anyio.wait_all_tasks_blocked()
+        await served.shutdown()
+        server.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("grace", [0, 10])
 async def test_a_response_that_the_server_has_given_up_is_over(
     observed: Observed, timeline: Timeline, grace: float
@@ -54,11 +64,7 @@ async def test_a_response_that_the_server_has_given_up_is_over(
         tasks.after_response.task(SHIELD).schedule(work, "shielded")
         tasks.after_response.schedule(work, "unshielded")
 
-    async with anyio.create_task_group() as server, lifespan(app) as served:
-        server.start_soon(lambda: request(app, "/", on_send=hold_on))
-        await anyio.wait_all_tasks_blocked()
-        await served.shutdown()
-        server.cancel_scope.cancel()
+    await shut_down_during_a_request(app, on_send=hold_on)
 
     report = report_of(observed)
     if grace:
@@ -70,11 +76,9 @@ async def test_a_response_that_the_server_has_given_up_is_over(
 
 
 async def test_an_endpoint_that_was_interrupted_has_time_to_say_so(
-    observed: Observed, timeline: Timeline
+    app: FastAPI, observed: Observed, timeline: Timeline
 ) -> None:
     """The server has cancelled it and waits no longer, but the app's drain does."""
-    app = FastAPI()
-    add_tasks(app, observers=[observed])
 
     @app.get("/")
     async def endpoint(tasks: Tasks) -> None:
@@ -103,11 +107,9 @@ async def test_an_endpoint_that_was_interrupted_has_time_to_say_so(
 
 
 async def test_what_waits_for_an_endpoint_that_does_not_end_is_dropped_with_a_record(
-    observed: Observed, timeline: Timeline, caplog: pytest.LogCaptureFixture
+    app: FastAPI, observed: Observed, timeline: Timeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After the five seconds that everything has to end, shielded tasks too: none can begin."""
-    app = FastAPI()
-    add_tasks(app, observers=[observed])
 
     @app.get("/")
     async def endpoint(tasks: Tasks) -> None:
@@ -115,11 +117,7 @@ async def test_what_waits_for_an_endpoint_that_does_not_end_is_dropped_with_a_re
         tasks.after_response.task(name="mail").schedule(timeline.note, "mail")
         await anyio.sleep_forever()
 
-    async with anyio.create_task_group() as server, lifespan(app) as served:
-        server.start_soon(request, app, "/")
-        await anyio.wait_all_tasks_blocked()
-        await served.shutdown()
-        server.cancel_scope.cancel()
+    await shut_down_during_a_request(app)
 
     assert timeline == []
     report = report_of(observed)
@@ -134,11 +132,9 @@ async def test_what_waits_for_an_endpoint_that_does_not_end_is_dropped_with_a_re
 
 
 async def test_what_such_an_endpoint_schedules_later_holds_nothing_up(
-    observed: Observed, timeline: Timeline
+    app: FastAPI, observed: Observed, timeline: Timeline
 ) -> None:
     """The drain ends with the last task that runs, and not with the request."""
-    app = FastAPI()
-    add_tasks(app, observers=[observed])
 
     @app.get("/")
     async def endpoint(tasks: Tasks) -> None:
@@ -147,21 +143,15 @@ async def test_what_such_an_endpoint_schedules_later_holds_nothing_up(
         tasks.after_response.schedule(timeline.note, "late")
         await anyio.sleep_forever()
 
-    async with anyio.create_task_group() as server, lifespan(app) as served:
-        server.start_soon(request, app, "/")
-        await anyio.wait_all_tasks_blocked()
-        await served.shutdown()
-        server.cancel_scope.cancel()
+    await shut_down_during_a_request(app)
 
     assert report_of(observed).duration == pytest.approx(20, abs=1)
 
 
 async def test_a_stream_for_which_nothing_waits_holds_nothing_up(
-    observed: Observed, timeline: Timeline
+    app: FastAPI, observed: Observed, timeline: Timeline
 ) -> None:
     """A drain waits for tasks, not for clients."""
-    app = FastAPI()
-    add_tasks(app, observers=[observed])
 
     async def forever() -> AsyncIterator[str]:
         while True:
@@ -173,10 +163,6 @@ async def test_a_stream_for_which_nothing_waits_holds_nothing_up(
         tasks.schedule(timeline.note, "now")
         return StreamingResponse(forever())
 
-    async with anyio.create_task_group() as server, lifespan(app) as served:
-        server.start_soon(request, app, "/")
-        await anyio.wait_all_tasks_blocked()
-        await served.shutdown()
-        server.cancel_scope.cancel()
+    await shut_down_during_a_request(app)
 
     assert report_of(observed).duration == 0

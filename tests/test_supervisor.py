@@ -44,7 +44,7 @@ from fastapi_tasks.spawn import Spawner
 
 from . import asgi
 from .conftest import ASYNCIO_BACKENDS, BACKENDS, Backend
-from .recording import Observed
+from .recording import Observed, idle
 
 
 async def fetch(book: str = "atlas") -> str:
@@ -994,8 +994,7 @@ async def test_sync_error_handlers_count_as_sync_tasks() -> None:
         await anyio.wait_all_tasks_blocked()
         before = list(handled)
         gate.set()
-        while supervisor.running:
-            await anyio.lowlevel.checkpoint()
+        await idle(supervisor)
 
     assert (before, handled) == ([], [failed])
 

@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 30.0
@@ -227,6 +227,11 @@ class End:
         return [re.sub(r" \([0-9a-f]+-\d+\)", "", line) for line in lines]
 
 
+def unmeasured() -> dict[str, str]:
+    """Return the environment of a process in which nobody measures which lines run."""
+    return {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
+
+
 class Server:
     """A process that serves an app.
 
@@ -234,10 +239,16 @@ class Server:
     :param options: more options of the server's
     :param kind: which server it is
     :param events: where the app notes what happens
+    :param environment: its environment variables
     """
 
     def __init__(
-        self, app: str, *options: str, kind: Kind = UVICORN, events: Path | None = None
+        self,
+        app: str,
+        *options: str,
+        kind: Kind = UVICORN,
+        events: Path | None = None,
+        environment: Mapping[str, str] = os.environ,
     ) -> None:
         self.kind = kind
         # It is kept from others, and left to servers that share their port with other processes.
@@ -249,7 +260,7 @@ class Server:
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", *arguments, *options, f"tests.apps.{app}"],
             cwd=ROOT,
-            env={**os.environ, "EVENTS": str(events or os.devnull)},
+            env={**environment, "EVENTS": str(events or os.devnull)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -322,15 +333,12 @@ class Server:
 
 
 @contextmanager
-def serve(
-    app: str, *options: str, kind: Kind = UVICORN, events: Path | None = None
-) -> Generator[Server, None, None]:
+def serve(app: str, *options: str, **settings: Any) -> Generator[Server, None, None]:
     """Run a server as long as the block runs.
 
     :param app: where the app is, below ``tests.apps``
     :param options: more options of the server's
-    :param kind: which server it is
-    :param events: where the app notes what happens
+    :param settings: what else :class:`Server` takes
     """
-    with closing(Server(app, *options, kind=kind, events=events)) as server:
+    with closing(Server(app, *options, **settings)) as server:
         yield server

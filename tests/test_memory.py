@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import gc
 import json
-import os
 import subprocess
 import sys
 import weakref
@@ -21,7 +20,7 @@ from fastapi_tasks import Supervisor, Task, TaskEventKind
 
 from . import asgi, load
 from .recording import Observed, idle
-from .servers import PATIENCE
+from .servers import PATIENCE, unmeasured
 
 SLACK = 500
 """How many objects may be there that belong to nobody's request: threads and what they need."""
@@ -114,7 +113,7 @@ def test_memory_does_not_grow_with_the_days(what: str, count: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).parents[1],
-        env={name: value for name, value in os.environ.items() if "COVERAGE" not in name},
+        env=unmeasured(),
         stdout=subprocess.PIPE,
         text=True,
         check=True,

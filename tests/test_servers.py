@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import http.client
 import itertools
+import os
 import pickle
 import re
 import runpy
@@ -39,6 +40,7 @@ from .servers import (
     Output,
     Server,
     serve,
+    unmeasured,
 )
 
 T = TypeVar("T")
@@ -447,7 +449,10 @@ def be_patient(
     :param to_all: to all processes of the server
     :param then: is called after the signal was sent
     """
-    with serve(app, *options, kind=kind, events=events) as server:
+    # A worker that hears of its end twice, from us and from its parent, would be interrupted while
+    # coverage writes down what it has measured, as it does at a SIGTERM.
+    environment = unmeasured() if to_all else os.environ
+    with serve(app, *options, kind=kind, events=events, environment=environment) as server:
         assert server.get(f"/patient/{seconds}")[0] == 200
         return server.stop(number, lambda: then(server), to_all=to_all)
 

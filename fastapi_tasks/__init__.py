@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .app import add_tasks, get_supervisor
 from .bound import BoundTasks
-from .config import RunIf, TaskConfig, task
+from .config import Retry, RunIf, TaskConfig, task
 from .drain import DrainReport
 from .errors import (
     AddTasksError,
@@ -21,6 +21,7 @@ from .errors import (
     TaskCancelledError,
     TaskFailedError,
     TaskNotFinishedError,
+    TaskTimeoutError,
     UninitializedReason,
     UnsupportedFastAPIError,
     WrongEventLoopError,
@@ -40,6 +41,7 @@ __all__ = [
     "InvalidSettingError",
     "InvalidTaskError",
     "NoCurrentTaskError",
+    "Retry",
     "RunIf",
     "Supervisor",
     "SupervisorStateError",
@@ -53,6 +55,7 @@ __all__ = [
     "TaskNotFinishedError",
     "TaskObserver",
     "TaskStatus",
+    "TaskTimeoutError",
     "Tasks",
     "TasksBatch",
     "TasksRoute",

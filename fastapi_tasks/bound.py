@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
+import anyio
+
 from .callables import is_async
-from .config import RunIf, TaskConfig, as_config, policy_of
+from .config import Duration, Retry, RunIf, TaskConfig, as_config, policy_of
 from .errors import InvalidSettingError
 from .tasks import Task, TaskErrorHandler, TaskOwner
 
@@ -105,6 +107,10 @@ class BoundTasks(ABC):
         shield: bool | None = None,
         on_error: TaskErrorHandler | None = None,
         run_if: RunIf | None = None,
+        retry: Retry | None = None,
+        timeout: Duration | None = None,
+        delay: Duration | None = None,
+        limiter: anyio.CapacityLimiter | None = None,
     ) -> BoundTasks: ...
     def task(self, config: TaskConfig | None = None, /, **fields: Any) -> BoundTasks:
         """Return the same place with a configuration for what is scheduled on it.

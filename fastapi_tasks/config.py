@@ -1,13 +1,16 @@
-"""How a task is to be run, as data: :class:`TaskConfig`, and :func:`task`, which ties one to a
-function."""
+"""How a task is to be run, as data: :class:`TaskConfig`, with :class:`Retry`, and :func:`task`,
+which ties one to a function."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, overload
+
+import anyio
 
 from .callables import discard, is_async, is_generator, parts, qualified_name
 from .errors import InvalidSettingError, InvalidTaskError
@@ -18,21 +21,116 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INHERIT_ALL",
+    "Duration",
+    "Retry",
+    "RetryOn",
     "RunIf",
     "SupervisorSettings",
     "TaskConfig",
     "as_config",
     "as_tuple",
+    "in_seconds",
+    "is_wait",
     "policy_of",
     "task",
 ]
 
 RunIf = Literal["success", "error", "always"]
 
+Duration: TypeAlias = float | timedelta
+"""A time: seconds, or a ``timedelta``."""
+
+RetryOn: TypeAlias = (
+    type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool | Duration]
+)
+"""Which errors are worth another attempt: their types, or a function that is asked each time."""
+
 _RUN_IF: tuple[RunIf, ...] = ("success", "error", "always")
 _POLICY = "__fastapi_tasks_policy__"
 
 _FuncT = TypeVar("_FuncT", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Retry:
+    """When a task that has failed is run again, and how long it waits before.
+
+    The waits are stamina's: before retry number *n* it is ``wait_initial * wait_exp_base ** (n -
+    1)`` plus a random share of ``wait_jitter``, and never more than ``wait_max``.
+    https://stamina.hynek.me/en/stable/api.html#stamina.retry
+
+    :param on: the type of the errors that are worth another attempt, a tuple of types, or a
+        function that is given the error: it returns ``True`` or ``False``, or how long to wait
+        before the next attempt, as the error may say itself
+    :param attempts: how many attempts there are, the first one included; 3 by default
+    :param wait_initial: seconds or ``timedelta`` before the second attempt; 0.1 by default
+    :param wait_max: seconds or ``timedelta`` that a wait has at most; 5 by default
+    :param wait_jitter: seconds or ``timedelta`` that are added to a wait at most, at random; 1
+        by default
+    :param wait_exp_base: by what each wait is longer than the one before; 2 by default
+    :param timeout: seconds or ``timedelta`` from the first attempt on, after which a failed
+        attempt is the last one; ``None``, the default: only ``attempts`` count
+    :raises InvalidSettingError: one of them has a value that it cannot have
+    """
+
+    if TYPE_CHECKING:
+        on: RetryOn
+    else:
+        on: RetryOn | None = None  # so that what is missing gets an error of ours
+    attempts: int = 3
+    wait_initial: Duration = 0.1
+    wait_max: Duration = 5.0
+    wait_jitter: Duration = 1.0
+    wait_exp_base: float = 2.0
+    timeout: Duration | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_retry_on(self.on):
+            raise InvalidSettingError(
+                "on",
+                self.on,
+                expected="a type of Exception, a tuple of them, or a function of the error that "
+                "returns a bool or a wait",
+                instead="Retry(on=ConnectionError)",
+            )
+        if not _is_count(self.attempts):
+            raise InvalidSettingError(
+                "attempts",
+                self.attempts,
+                expected="a whole number, 1 or more",
+                instead="Retry(on=ConnectionError, attempts=3)",
+            )
+        for name in ("wait_initial", "wait_max", "wait_jitter"):
+            if not is_wait(getattr(self, name)):
+                raise InvalidSettingError(
+                    name,
+                    getattr(self, name),
+                    expected="seconds or a timedelta, 0 or more",
+                    instead=f"Retry(on=ConnectionError, {name}=0.5)",
+                )
+        base = self.wait_exp_base
+        if not _is_seconds(base) or not 1 <= base < math.inf:
+            raise InvalidSettingError(
+                "wait_exp_base",
+                base,
+                expected="a number, 1 or more",
+                instead="Retry(on=ConnectionError, wait_exp_base=2)",
+            )
+        if self.timeout is not None and not _is_duration(self.timeout, is_positive=True):
+            raise InvalidSettingError(
+                "timeout",
+                self.timeout,
+                expected="seconds or a timedelta, more than 0, or None",
+                instead="Retry(on=ConnectionError, timeout=60)",
+            )
+
+    def __repr__(self) -> str:
+        changed = {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if getattr(self, each.name) != each.default
+        }
+        return f"Retry({_shown(changed)})"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -49,6 +147,16 @@ class TaskConfig:
         it is shielded with its task
     :param run_if: for a task that waits for a moment of the request: start it if the request
         went well (``"success"``, the default), if it did not (``"error"``), or ``"always"``
+    :param retry: when the function is run again after it has failed; by default it is not
+    :param timeout: seconds or ``timedelta`` that each attempt may take, counted from the
+        function's start; then it is cancelled and has failed with a
+        :exc:`~fastapi_tasks.TaskTimeoutError`. A sync function cannot be cancelled: it has failed
+        all the same, while its thread goes on. ``math.inf`` is how a call takes back the
+        function's; by default there is no limit
+    :param delay: seconds or ``timedelta`` between the task's moment and its first attempt; 0 by
+        default
+    :param limiter: each attempt waits for a place in it; shared by all tasks that name it. It
+        takes the place of the limit of threads for a sync function
     :raises InvalidSettingError: a field has a value of the wrong kind
     """
 
@@ -56,6 +164,12 @@ class TaskConfig:
     shield: bool | None = None
     on_error: TaskErrorHandler | None = None
     run_if: RunIf | None = None
+    retry: Retry | None = None
+    timeout: Duration | None = None
+    delay: Duration | None = None
+    limiter: anyio.CapacityLimiter | None = None
+    is_plain: bool = field(init=False, repr=False, compare=False)
+    """Whether a task is run once and at once, without a limiter or a limit of time."""
 
     def __post_init__(self) -> None:
         # Checked at run time too: most callers are not type-checked, and a wrong value would
@@ -89,6 +203,60 @@ class TaskConfig:
                 expected='"success", "error", "always" or None',
                 instead='TaskConfig(run_if="always")',
             )
+        is_plain = (
+            self.retry is None
+            and self.timeout is None
+            and self.delay is None
+            and self.limiter is None
+        ) or self._has_no_control()
+        object.__setattr__(self, "is_plain", is_plain)
+
+    def _has_no_control(self) -> bool:
+        """Check the fields of which most configurations have none; return if they do nothing."""
+        if self.retry is not None and not _is_retry(self.retry):
+            raise InvalidSettingError(
+                "retry",
+                self.retry,
+                expected="a Retry or None",
+                instead="TaskConfig(retry=Retry(on=ConnectionError))",
+            )
+        if self.timeout is not None and not _is_duration(self.timeout, is_positive=True):
+            raise InvalidSettingError(
+                "timeout",
+                self.timeout,
+                expected="seconds or a timedelta, more than 0, or None",
+                instead="TaskConfig(timeout=30)",
+            )
+        if self.delay is not None and not is_wait(self.delay):
+            raise InvalidSettingError(
+                "delay",
+                self.delay,
+                expected="seconds or a timedelta, 0 or more, or None",
+                instead="TaskConfig(delay=60)",
+            )
+        if self.limiter is not None and not _is_limiter(self.limiter):
+            raise InvalidSettingError(
+                "limiter",
+                self.limiter,
+                expected="an anyio.CapacityLimiter or None",
+                instead="TaskConfig(limiter=anyio.CapacityLimiter(5))",
+            )
+        return (
+            self.retries is None
+            and self.time_limit == math.inf
+            and not self.delay
+            and self.limiter is None
+        )
+
+    @property
+    def retries(self) -> Retry | None:
+        """``retry``, if it gives the task more than one attempt."""
+        return None if self.retry is None or self.retry.attempts == 1 else self.retry
+
+    @property
+    def time_limit(self) -> float:
+        """Seconds that each attempt may take; infinite if there is no limit."""
+        return math.inf if self.timeout is None else in_seconds(self.timeout)
 
     @property
     def shielded(self) -> bool:
@@ -96,14 +264,9 @@ class TaskConfig:
         return self.shield is True
 
     def __repr__(self) -> str:
-        # The repr of a function that is a partial or an object may hold what is private.
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        shown = (
-            f"{name}={qualified_name(value) if callable(value) else repr(value)}"
-            for name, value in values.items()
-            if value is not None
-        )
-        return f"TaskConfig({', '.join(shown)})"
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.repr}
+        set_ones = {name: value for name, value in values.items() if value is not None}
+        return f"TaskConfig({_shown(set_ones)})"
 
     def merge(self, inner: TaskConfig) -> TaskConfig:
         """Return this configuration with the fields that ``inner`` sets in place of its own.
@@ -119,6 +282,10 @@ class TaskConfig:
             shield=self.shield if inner.shield is None else inner.shield,
             on_error=self.on_error if inner.on_error is None else inner.on_error,
             run_if=self.run_if if inner.run_if is None else inner.run_if,
+            retry=self.retry if inner.retry is None else inner.retry,
+            timeout=self.timeout if inner.timeout is None else inner.timeout,
+            delay=self.delay if inner.delay is None else inner.delay,
+            limiter=self.limiter if inner.limiter is None else inner.limiter,
         )
 
 
@@ -179,6 +346,29 @@ class SupervisorSettings:
             )
 
 
+def in_seconds(duration: Duration) -> float:
+    """Return a time in seconds."""
+    return duration.total_seconds() if isinstance(duration, timedelta) else duration
+
+
+def is_wait(value: object) -> bool:
+    """Return whether something is a time that can be waited for."""
+    return _is_duration(value, is_finite=True)
+
+
+def _shown(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={_shown_value(value)}" for name, value in values.items())
+
+
+def _shown_value(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown_value, cast('tuple[object, ...]', value)))})"
+    if isinstance(value, anyio.CapacityLimiter):
+        return f"CapacityLimiter({value.total_tokens:g})"
+    # The repr of a function that is a partial or an object may hold what is private.
+    return qualified_name(value) if callable(value) else repr(value)
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and value != ""
 
@@ -203,6 +393,34 @@ def _is_seconds(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
+def _is_duration(value: object, *, is_positive: bool = False, is_finite: bool = False) -> bool:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if not _is_seconds(seconds):
+        return False
+    return not (is_positive and seconds == 0) and not (is_finite and seconds == math.inf)
+
+
+def _is_retry(value: object) -> bool:
+    return isinstance(value, Retry)
+
+
+def _is_retry_on(value: object) -> bool:
+    if isinstance(value, tuple):
+        kinds = cast("tuple[object, ...]", value)
+        return bool(kinds) and all(map(_is_error_type, kinds))
+    if isinstance(value, type):
+        return _is_error_type(cast(object, value))
+    return _is_function(value) and not is_async(value)
+
+
+def _is_error_type(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Exception)
+
+
+def _is_limiter(value: object) -> bool:
+    return isinstance(value, anyio.CapacityLimiter)
+
+
 @overload
 def task(config: TaskConfig, /) -> Callable[[_FuncT], _FuncT]: ...
 @overload
@@ -212,6 +430,10 @@ def task(
     shield: bool | None = None,
     on_error: TaskErrorHandler | None = None,
     run_if: RunIf | None = None,
+    retry: Retry | None = None,
+    timeout: Duration | None = None,
+    delay: Duration | None = None,
+    limiter: anyio.CapacityLimiter | None = None,
 ) -> Callable[[_FuncT], _FuncT]: ...
 def task(config: TaskConfig | None = None, /, **fields: Any) -> Callable[[_FuncT], _FuncT]:
     """Tie a configuration to a function, which is returned unchanged.

@@ -12,6 +12,7 @@
     ├── TaskCancelledError                  the result of a cancelled task was asked for
     ├── TaskFailedError                     the task ended with what must not end its caller
     ├── TaskNotFinishedError                the result was asked for before there was one
+    ├── TaskTimeoutError                    an attempt took longer than it may (a TimeoutError)
     ├── UnsupportedFastAPIError             what the package stands on is not there
     └── WrongEventLoopError                 waiting takes place in another event loop
 
@@ -35,6 +36,7 @@ __all__ = [
     "TaskCancelledError",
     "TaskFailedError",
     "TaskNotFinishedError",
+    "TaskTimeoutError",
     "UninitializedReason",
     "UnsupportedFastAPIError",
     "WrongEventLoopError",
@@ -210,6 +212,19 @@ class TaskNotFinishedError(FastAPITasksError):
             f"{task.name} ({task.id}) is {task.status}, its result is not there yet. "
             "Wait for it: await task.wait()"
         )
+
+
+class TaskTimeoutError(FastAPITasksError, TimeoutError):
+    """An attempt took longer than the ``timeout`` of its task.
+
+    Where an async function was cancelled, is told by the traceback of the error's ``__cause__``.
+
+    :param task: the task
+    :param seconds: how long it may take
+    """
+
+    def __init__(self, task: Any, seconds: float) -> None:
+        super().__init__(f"{task.name} ({task.id}) did not end within {seconds:g} s")
 
 
 class UnsupportedFastAPIError(FastAPITasksError):

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from .drain import DrainReport
     from .tasks import Task
 
-__all__ = ["Observers", "TaskEvent", "TaskEventKind", "TaskObserver", "describe", "logger"]
+__all__ = [
+    "Observers",
+    "TaskEvent",
+    "TaskEventKind",
+    "TaskObserver",
+    "describe",
+    "logger",
+    "report_bad_retry",
+]
 
 logger = logging.getLogger("fastapi_tasks")
 
@@ -30,6 +38,7 @@ class TaskEventKind(StrEnum):
     SCHEDULED = "scheduled"
     STARTED = "started"
     FINISHED = "finished"
+    RETRYING = "retrying"
     FAILED = "failed"
     HANDLER_FAILED = "handler_failed"
     CANCELLED = "cancelled"
@@ -53,6 +62,8 @@ class TaskEvent:
     """What the function or its error handler raised."""
     reason: str = ""
     """Why the task was cancelled or dropped."""
+    wait: float = 0.0
+    """Seconds until the next attempt, if the task is retried."""
     expected: bool = False
     """Whether the task was dropped because its ``run_if`` asks for that."""
     report: DrainReport | None = None
@@ -115,11 +126,23 @@ def _report_bad_observer(observer: TaskObserver, error: BaseException) -> None:
         traceback.print_exc(file=sys.stderr)
 
 
+def report_bad_retry(task: Task, error: BaseException) -> None:
+    """Log what has kept a task from being retried: a function that was to decide about it."""
+    logger.error(
+        "Task %s is not retried: the function that was asked about it, or a hook, raised",
+        _label(task),
+        exc_info=_exc_info(error),
+    )
+
+
 def keep_log(event: TaskEvent) -> None:
     """Write the records of this package: one for each event, none with an argument's value."""
     match event.kind:
         case TaskEventKind.FAILED:
             _log_task(logging.ERROR, "Task %s failed in attempt %d", event, event.task.attempt)
+        case TaskEventKind.RETRYING:
+            message = "Task %s failed in attempt %d, the next one follows in %.3g s"
+            _log_task(logging.WARNING, message, event, event.task.attempt, event.wait)
         case TaskEventKind.HANDLER_FAILED:
             _log_task(logging.ERROR, "on_error of task %s failed", event)
         case TaskEventKind.DROPPED:

@@ -1,24 +1,40 @@
 """HOW one task runs.
 
-In this order: a sync function waits for a thread; the function runs; its end settles the task and
-is told to the observers, the log first; whoever waits for the task goes on; the error handler
-runs.
+In this order:
+
+1. the ``delay`` passes;
+2. each attempt waits for its place in the ``limiter``, a sync function else for a thread; then it
+   begins, and its ``timeout`` with it;
+3. an attempt that has failed is followed by the next one, if ``retry`` says so, after its wait;
+4. the end of the last one settles the task, and is told to the observers, the log first;
+5. whoever waits for the task goes on;
+6. the error handler runs;
+7. threads end whose attempts have run out of time.
+
+A cancellation ends it at any point up to 3, whichever of them the task has come to.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, cast
+from contextlib import nullcontext
+from contextvars import copy_context
+from typing import Any, TypeVar, cast
 
 import anyio
 import anyio.to_thread
 
-from .callables import is_async
+from . import spawn
+from .callables import discard, is_async
+from .config import in_seconds
+from .errors import TaskTimeoutError
 from .observer import Observers, TaskEvent, TaskEventKind
-from .spawn import Spawner
+from .retries import Attempts
+from .spawn import Handle, Spawner, TimeIsUpError
 from .tasks import (
     Task,
     TaskErrorHandler,
@@ -33,8 +49,12 @@ from .tasks import (
 
 __all__ = ["BY_OTHERS", "Runner"]
 
+_ErrorT = TypeVar("_ErrorT", bound=BaseException)
+
 BY_OTHERS = "by a cancellation that did not come from its supervisor"
 """The reason of a cancellation that nobody asked a supervisor for."""
+
+_OWN_FILES = {__file__, spawn.__file__}
 
 _SUCCEEDED = TaskStatus.SUCCEEDED
 
@@ -60,21 +80,18 @@ class Runner:
         """Run a task to its end, error handler included; only ``KeyboardInterrupt`` escapes."""
         enter(task)
         try:
-            if task.is_async:
-                if not self._begin(task):
-                    return  # cancelled before its first step, which trio takes all the same
+            if not task.config.is_plain:
+                result = await self._run_controlled(task)
+            elif task.is_async:
+                self._begin(task)
                 result = await task.func(*task.args, **task.kwargs)
             else:
-                async with self._threads:
-                    if not self._begin(task):
-                        return  # cancelled while it waited, which trio may find out too late
-                    result = await self._call_in_thread(task, _call_of(task))
-                if inspect.isawaitable(result):
-                    self._deliver_cancellation(task)
-                    result = await result
+                result = await self._attempt_in_thread(task, self._threads)
         except BaseException as error:
             try:
                 await self._end_with(task, _from_users_code(error))
+                if task.strays:
+                    await self._wait_for_strays(task)
             finally:
                 # By its error the task leads to the function's frames, and those must not lead
                 # back: neither by this frame, the next one outwards on 3.12 and newer, nor by
@@ -86,33 +103,165 @@ class Runner:
             settle(task, _SUCCEEDED, result=result)
             if self._observers.watch_routine:
                 self._tell(TaskEventKind.FINISHED, task)
+            if task.strays:
+                await self._wait_for_strays(task)
 
     async def call(self, task: Task) -> Any:
         """Run a task's function again, in the caller, and return what it returns."""
         is_own = find_current_task() is task
         token = enter(task)
         try:
-            if task.is_async:
-                return await task.func(*task.args, **task.kwargs)
-            if is_own:
-                return await self._run_in_thread(task, _call_of(task))
-            # Somebody else calls it: the task's own cancellation has nothing to do with that.
-            result = await _in_thread(_call_of(task), self._threads)
-            return await result if inspect.isawaitable(result) else result
+            limiter = task.config.limiter
+            if limiter is None or _is_held(limiter):
+                return await self._call(task, is_own=is_own)
+            async with limiter:
+                return await self._call(task, is_own=is_own)
         finally:
             leave(token)
 
-    def _begin(self, task: Task) -> bool:
+    async def _call(self, task: Task, *, is_own: bool) -> Any:
+        if task.is_async:
+            return await task.func(*task.args, **task.kwargs)
+        limiter = self._threads if task.config.limiter is None else self._unlimited
+        if is_own:
+            return await self._run_in_thread(task, _call_of(task), limiter)
+        # Somebody else calls it: the task's own cancellation has nothing to do with that.
+        result = await _in_thread(_call_of(task), limiter)
+        return await result if inspect.isawaitable(result) else result
+
+    async def _run_controlled(self, task: Task) -> Any:
+        """Run the function once or more often, as the task's configuration says."""
+        config = task.config
+        attempts: Attempts | None = None
+        failure: Exception | None = None
+        try:
+            if config.delay:
+                # A timer keeps the context that it was made in until its time, though cancelled.
+                enter(None)
+                await anyio.sleep(in_seconds(config.delay))
+                enter(task)
+            if config.retries is None:
+                return await self._attempt(task)
+            attempts = Attempts(task, config.retries)
+            await attempts.begin()
+            while True:
+                try:
+                    return await self._attempt(task)
+                except Exception as error:
+                    failure = _from_users_code(error)
+                if task.cancel_reason or not await attempts.is_left_after(
+                    failure, functools.partial(self._tell_wait, task, failure)
+                ):
+                    raise failure
+        finally:
+            del task, attempts, failure  # as in run()
+
+    async def _attempt(self, task: Task) -> Any:
+        """Run the function once, when there is a place for it, and as long as it may take.
+
+        :raises TaskTimeoutError: it took longer
+        """
+        seconds = task.config.time_limit
+        cause: BaseException | None = None
+        try:
+            try:
+                if task.is_async:
+                    return await self._attempt_in_loop(task, seconds)
+                limiter = task.config.limiter or self._threads
+                if seconds == math.inf:
+                    return await self._attempt_in_thread(task, limiter)
+                return await self._attempt_in_thread_within(task, limiter, seconds)
+            except TimeIsUpError as error:
+                if task.is_async:  # else it tells nothing of where the function is
+                    cause = _from_users_code(cast(BaseException, error.__cause__))
+            raise TaskTimeoutError(task, seconds) from cause
+        finally:
+            del task, cause  # as in run()
+
+    async def _attempt_in_loop(self, task: Task, seconds: float) -> Any:
+        try:
+            async with task.config.limiter or nullcontext():
+                self._begin(task)
+                if seconds == math.inf:
+                    return await task.func(*task.args, **task.kwargs)
+                async with self._spawner.within(seconds):
+                    return await task.func(*task.args, **task.kwargs)
+        finally:
+            del task  # as in run()
+
+    async def _attempt_in_thread(self, task: Task, limiter: anyio.CapacityLimiter) -> Any:
+        try:
+            async with limiter:
+                self._begin(task)
+                result = await self._call_in_thread(task, _call_of(task))
+            return await self._awaited(task, result)
+        finally:
+            del task  # as in run()
+
+    async def _attempt_in_thread_within(
+        self, task: Task, limiter: anyio.CapacityLimiter, seconds: float
+    ) -> Any:
+        """Do the same, and leave the thread alone when its time is up.
+
+        It then goes on and keeps its place, while a loop's task of its own waits for it.
+        """
+        call = _ThreadCall(limiter)
+        try:
+            await limiter.acquire_on_behalf_of(call)
+            try:
+                self._begin(task)
+            except BaseException:
+                limiter.release_on_behalf_of(call)
+                raise
+            self._spawner.spawn(
+                call.run(_call_of(task), self._unlimited),
+                name=task.name,
+                context=copy_context(),
+                over=call.end,
+            )
+            async with self._spawner.within(seconds):
+                task.in_threads += 1
+                try:
+                    await call.over.wait()
+                except BaseException:
+                    call.is_stray = True
+                    task.strays += (call,)
+                    raise
+                finally:
+                    task.in_threads -= 1
+                return await self._awaited(task, _result_of(call.outcome))
+        finally:
+            del task, call  # as in run()
+
+    async def _awaited(self, task: Task, result: Any) -> Any:
+        """Return what a sync function has returned, or what comes of that, if it can be awaited."""
+        if not inspect.isawaitable(result):
+            return result
+        self._deliver_cancellation(task)
+        try:
+            return await result
+        finally:
+            del task  # as in run()
+
+    async def _wait_for_strays(self, task: Task) -> None:
+        """Wait for the threads whose attempts have run out of time: until then the task is live."""
+        task.in_threads += 1  # there is nothing left to which a cancellation could be delivered
+        async with self._spawner.renewed(task.handle):
+            for call in cast("tuple[_ThreadCall, ...]", task.strays):
+                await call.over.wait()
+
+    def _begin(self, task: Task) -> None:
         if not begin(task):
-            return False
+            raise _GivenUp
         if self._observers.watch_routine:
             self._tell(TaskEventKind.STARTED, task)
-        return True
 
-    async def _run_in_thread(self, task: Task, call: Callable[[], Any]) -> Any:
-        """Make a call for a task in a thread of its kind, when there is one."""
+    async def _run_in_thread(
+        self, task: Task, call: Callable[[], Any], limiter: anyio.CapacityLimiter
+    ) -> Any:
+        """Make a call for a task in a thread, when there is a place for it."""
         try:
-            async with self._threads:
+            async with limiter:
                 result = await self._call_in_thread(task, call)
         finally:
             self._deliver_cancellation(task)
@@ -134,7 +283,7 @@ class Runner:
 
     async def _end_with(self, task: Task, error: BaseException) -> None:
         if is_over(task):
-            return  # cancelled while it waited for a thread
+            return  # cancelled before it began, while it waited for that
         if self._is_cancellation(error):
             settle(task, TaskStatus.CANCELLED)
             if task.cancel_reason:
@@ -159,7 +308,8 @@ class Runner:
             if is_async(handler):
                 await cast("Awaitable[None]", handler(task, error))
             else:
-                await self._run_in_thread(task, functools.partial(handler, task, error))
+                handling = functools.partial(handler, task, error)
+                await self._run_in_thread(task, handling, self._threads)
         except BaseException as failure:
             self._tell(TaskEventKind.HANDLER_FAILED, task, error=_from_users_code(failure))
             self._let_interrupt_pass(task, failure)
@@ -175,6 +325,10 @@ class Runner:
         """Return whether an error is a cancellation, or a group of nothing else."""
         return all(isinstance(leaf, self._spawner.cancelled) for leaf in _leaves(error))
 
+    def _tell_wait(self, task: Task, error: Exception, wait: float) -> None:
+        event = TaskEvent(TaskEventKind.RETRYING, (task,), error=error, wait=wait)
+        self._observers.tell(event)
+
     def _tell(
         self,
         kind: TaskEventKind,
@@ -184,6 +338,52 @@ class Runner:
         reason: str = "",
     ) -> None:
         self._observers.tell(TaskEvent(kind, (task,), error=error, reason=reason))
+
+
+class _GivenUp(BaseException):
+    """A task was given up before it began, and is told so by nothing but this."""
+
+
+class _ThreadCall:
+    """A call in a thread, which may go on when its attempt is over.
+
+    :param limiter: where it has its place
+    """
+
+    __slots__ = ("_limiter", "is_stray", "outcome", "over")
+
+    def __init__(self, limiter: anyio.CapacityLimiter) -> None:
+        self._limiter = limiter
+        self.over = anyio.Event()
+        """Is set when the thread is done."""
+        # If somebody cancels the loop's task that waits for it before it has begun.
+        self.outcome = _Outcome(error=asyncio.CancelledError())
+        """What has come of it."""
+        self.is_stray = False
+        """Whether nobody waits for what comes of it."""
+
+    async def run(self, call: Callable[[], Any], limiter: anyio.CapacityLimiter) -> None:
+        """Make the call, and keep what comes of it."""
+        try:
+            self.outcome = _Outcome(await _in_thread(call, limiter))
+        except BaseException as error:
+            self.outcome = _Outcome(error=_from_users_code(error))
+        finally:
+            enter(None)  # as in Runner.run()
+
+    def end(self, _handle: Handle) -> None:
+        """Give its place to others, since the thread is done."""
+        self._limiter.release_on_behalf_of(self)
+        if self.is_stray:
+            discard(self.outcome.result)
+            self.outcome = _Outcome()
+        self.over.set()
+
+
+def _is_held(limiter: anyio.CapacityLimiter) -> bool:
+    """Return whether the caller has a place, and would wait for itself if it took another one."""
+    borrowers = limiter.statistics().borrowers
+    return anyio.get_current_task().id in map(id, borrowers)
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
@@ -207,15 +407,7 @@ async def _in_thread(call: Callable[[], Any], limiter: anyio.CapacityLimiter) ->
     # coroutine, and an error that passes through takes the frames of the thread's machinery along.
     calls = [call]
     del call
-    outcome = await anyio.to_thread.run_sync(_outcome_of, calls, limiter=limiter)
-    error = outcome.error
-    if error is None:
-        return outcome.result
-    outcome.error = None
-    try:
-        raise error
-    finally:
-        del error  # its traceback refers to this frame
+    return _result_of(await anyio.to_thread.run_sync(_outcome_of, calls, limiter=limiter))
 
 
 class _Outcome:
@@ -226,6 +418,18 @@ class _Outcome:
     def __init__(self, result: Any = None, error: BaseException | None = None) -> None:
         self.result = result
         self.error = error
+
+
+def _result_of(outcome: _Outcome) -> Any:
+    """Return what a function returned, or raise what it raised."""
+    error = outcome.error
+    if error is None:
+        return outcome.result
+    outcome.error = None
+    try:
+        raise error
+    finally:
+        del error  # its traceback refers to this frame
 
 
 def _outcome_of(calls: list[Callable[[], Any]]) -> _Outcome:
@@ -239,13 +443,13 @@ def _outcome_of(calls: list[Callable[[], Any]]) -> _Outcome:
         enter(None)
 
 
-def _from_users_code(error: BaseException) -> BaseException:
-    """Return an error without the frames of this module, which its traceback begins with.
+def _from_users_code(error: _ErrorT) -> _ErrorT:
+    """Return an error without the frames of the runner, which its traceback begins with.
 
     They refer to the task that refers to the error, and would keep both until the garbage
     collector comes; and they tell nothing to whoever reads the traceback.
     """
     traceback = error.__traceback__
-    while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in _OWN_FILES:
         traceback = traceback.tb_next
     return error.with_traceback(traceback)

@@ -14,10 +14,12 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .tasks import enter, leave
+
 if TYPE_CHECKING:
     import trio
 
-__all__ = ["Handle", "Main", "Over", "Spawner", "current_spawner"]
+__all__ = ["Handle", "Main", "Over", "Spawner", "TimeIsUpError", "current_spawner"]
 
 Main = Coroutine[Any, Any, None]
 """What is spawned: a coroutine from which only ``KeyboardInterrupt`` escapes."""
@@ -27,6 +29,10 @@ Handle = Any
 
 Over = Callable[[Handle], object]
 """Is called in the loop with the handle of each task that is over, whether it ever ran or not."""
+
+
+class TimeIsUpError(Exception):
+    """What :meth:`Spawner.within` ended; its cause is the cancellation that came out of it."""
 
 
 class Spawner(Protocol):
@@ -45,6 +51,14 @@ class Spawner(Protocol):
 
     def renewed(self, handle: Handle) -> AbstractAsyncContextManager[None]:
         """Let a task that was cancelled go on, within the context, until it is cancelled again."""
+        ...
+
+    def within(self, seconds: float) -> AbstractAsyncContextManager[None]:
+        """Cancel what runs within the context when its time is up.
+
+        :raises TimeIsUpError: that was why it ended; not if it swallowed the cancellation, raised
+            something else instead, or was cancelled from outside as well
+        """
         ...
 
     def abandon(self, handle: Handle) -> None:
@@ -106,6 +120,27 @@ class AsyncioSpawner:
             if handle.cancelling() > requests:
                 handle.cancel()
         yield
+
+    @asynccontextmanager
+    async def within(self, seconds: float) -> AsyncGenerator[None, None]:
+        cause: BaseException | None = None
+        # A timer keeps the context that it was made in until its time, though it is cancelled.
+        token = enter(None)
+        try:
+            async with asyncio.timeout(seconds):
+                leave(token)
+                del token  # it refers to the task
+                try:
+                    yield
+                except BaseException as error:
+                    cause = error
+                    raise
+        except TimeoutError:
+            if isinstance(cause, asyncio.CancelledError):
+                raise TimeIsUpError from cause
+            raise  # of its own
+        finally:
+            del cause  # its traceback refers to this frame
 
     def abandon(self, handle: Handle) -> None:
         # asyncio.run cancels and awaits all registered tasks at its end, and would never return.
@@ -185,6 +220,21 @@ class TrioSpawner:
             return
         with self._trio.CancelScope(shield=True) as handle.scope:
             yield
+
+    @asynccontextmanager
+    async def within(self, seconds: float) -> AsyncGenerator[None, None]:
+        cause: BaseException | None = None
+        try:
+            with self._trio.move_on_after(seconds) as scope:
+                try:
+                    yield
+                except BaseException as error:
+                    cause = error
+                    raise
+            if scope.cancelled_caught:
+                raise TimeIsUpError from cause
+        finally:
+            del cause  # as above
 
     def abandon(self, handle: Handle) -> None:
         # trio.run cancels system tasks and waits for them: there is no way around it. Only the

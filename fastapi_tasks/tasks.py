@@ -120,6 +120,7 @@ class Task(Generic[P, T_co]):
         "in_threads",
         "is_async",
         "kwargs",
+        "strays",
     )
 
     def __init__(
@@ -148,6 +149,8 @@ class Task(Generic[P, T_co]):
         """Whether the function is awaited; if not, it runs in a thread."""
         self.in_threads = 0
         """How many threads are busy for the task just now; nothing can cancel them."""
+        self.strays: tuple[object, ...] = ()
+        """The calls that go on in threads, though their attempts have run out of time."""
         self.cancel_pending = False
         """Whether a cancellation waits for a thread to end before it can be delivered."""
         self.cancel_reason = ""

@@ -1,0 +1,111 @@
+"""The attempts of a task that is retried, which stamina counts and spaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, cast
+
+from .config import Duration, Retry, RetryOn, is_wait
+from .errors import InvalidSettingError
+from .observer import report_bad_retry
+from .tasks import Task
+
+if TYPE_CHECKING:
+    from stamina import Attempt
+    from stamina.instrumentation import RetryDetails
+
+__all__ = ["Attempts", "OnWait"]
+
+OnWait = Callable[[float], object]
+"""Is called with the seconds until the next attempt, before they have passed."""
+
+_on_wait: ContextVar[OnWait | None] = ContextVar("fastapi_tasks_on_wait", default=None)
+
+
+class Attempts:
+    """The attempts of one task, made when the first one is about to begin.
+
+    :param task: the task
+    :param retry: how many there are, and when
+    """
+
+    def __init__(self, task: Task, retry: Retry) -> None:
+        import stamina  # when it is needed: it takes several times as long as all of this package
+
+        self._task = task
+        context = stamina.retry_context(
+            on=_answer_of(retry.on),
+            attempts=retry.attempts,
+            timeout=retry.timeout,
+            wait_initial=retry.wait_initial,
+            wait_max=retry.wait_max,
+            wait_jitter=retry.wait_jitter,
+            wait_exp_base=retry.wait_exp_base,
+        )
+        # For the hooks of its instrumentation, which show the arguments that they are given.
+        self._attempts = aiter(context.with_name(task.name, (), {}))
+        self._attempt: Attempt | None = None
+
+    async def begin(self) -> None:
+        """Take the first attempt."""
+        self._attempt = await anext(self._attempts)
+
+    async def is_left_after(self, error: Exception, on_wait: OnWait) -> bool:
+        """Return whether there is another attempt, when the wait for it is over.
+
+        :param error: what the latest attempt has raised
+        :param on_wait: is told of the wait
+        """
+        assert self._attempt is not None
+        traceback = error.__traceback__
+        self._attempt.__exit__(type(error), error, traceback)
+        _listen()
+        token = _on_wait.set(on_wait)
+        try:
+            self._attempt = await anext(self._attempts)
+        except Exception as failure:
+            if failure is not error:
+                report_bad_retry(self._task, failure)
+            error.with_traceback(traceback)  # without the frames of who raised it again
+            return False
+        finally:
+            _on_wait.reset(token)
+            del error, on_wait
+        return True
+
+
+def _answer_of(on: RetryOn) -> RetryOn:
+    """Return what stamina is to ask: a function's answers are checked before they are its."""
+    if isinstance(on, type | tuple):
+        return cast(RetryOn, on)
+    ask = on
+
+    def answer(error: Exception) -> bool | Duration:
+        wait = ask(error)
+        if isinstance(wait, bool) or is_wait(wait):
+            return wait
+        raise InvalidSettingError(
+            "on",
+            wait,
+            expected="True, False, or seconds or a timedelta, 0 or more, from the function",
+            instead="Retry(on=lambda error: isinstance(error, ConnectionError))",
+        )
+
+    return answer
+
+
+def _listen() -> None:
+    """Let stamina tell of each wait; whoever sets its hooks anew has removed ours."""
+    from stamina.instrumentation import get_on_retry_hooks, set_on_retry_hooks
+
+    hooks = get_on_retry_hooks()
+    if _tell not in hooks:
+        set_on_retry_hooks((*hooks, _tell))
+
+
+def _tell(details: RetryDetails) -> None:
+    on_wait = _on_wait.get()
+    if on_wait is not None:
+        _on_wait.set(None)  # there may be two of us, if two threads began to listen at once
+        on_wait(details.wait_for)

@@ -26,6 +26,7 @@ from .errors import (
     WrongEventLoopError,
 )
 from .observer import TaskEvent, TaskEventKind, TaskObserver
+from .request_bound import RequestBoundArgumentWarning
 from .routing import Tasks, TasksRoute, get_tasks
 from .scheduler import TasksBatch, TasksScheduler
 from .supervisor import Supervisor
@@ -40,6 +41,7 @@ __all__ = [
     "InvalidSettingError",
     "InvalidTaskError",
     "NoCurrentTaskError",
+    "RequestBoundArgumentWarning",
     "RunIf",
     "Supervisor",
     "SupervisorStateError",

@@ -142,7 +142,8 @@ def _check(func: Callable[..., Any], key: int | str, value: object, endpoint: ob
 def _kind_of(cls: type) -> _Kind | None:
     for base in cls.__mro__:
         kind = _KINDS.get(base.__name__)
-        if kind is not None and base.__module__.partition(".")[0] == kind.package:
+        # Anybody may have set the name of the module, and to anything.
+        if kind is not None and str(base.__module__).partition(".")[0] == kind.package:
             return kind
     return None
 

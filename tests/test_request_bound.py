@@ -195,6 +195,7 @@ def test_what_only_looks_like_it_is_not(tasks: TasksScheduler) -> None:
             weigh,
             connection,
             Connection(17),
+            type("Response", (), {"__module__": None})(),
             LoudProxy(),
             MagicMock(spec=Request),
             async_sessionmaker(),

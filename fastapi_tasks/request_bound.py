@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import RLock
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary, ref
 
 from .callables import parts, qualified_name
@@ -123,20 +123,26 @@ def check_arguments(
     :param kwargs: its keyword arguments
     :param endpoint: the endpoint that schedules it, if there is one
     """
-    for place, value in enumerate(args):
+    for value in args:
         if type(value) not in _PLAIN:
-            _check(func, place, value, endpoint)
-    for name, value in kwargs.items():
-        if type(value) not in _PLAIN:
-            _check(func, name, value, endpoint)
+            _check_each(func, enumerate(args), endpoint)
+            break
+    if kwargs:
+        for value in kwargs.values():
+            if type(value) not in _PLAIN:
+                _check_each(func, kwargs.items(), endpoint)
+                break
 
 
-def _check(func: Callable[..., Any], key: int | str, value: object, endpoint: object) -> None:
-    # By its class itself: isinstance() asks a proxy what it stands for, and so runs its code.
-    cls = type(value)
-    kind = _kind_of(cls)
-    if kind is not None:
-        _warn_once(func, key, kind, cls.__name__, endpoint)
+def _check_each(
+    func: Callable[..., Any], arguments: Iterable[tuple[int | str, Any]], endpoint: object
+) -> None:
+    for key, value in arguments:
+        # By its class itself: isinstance() asks a proxy what it stands for, and so runs its code.
+        cls = cast("type[object]", type(value))
+        kind = _kind_of(cls)
+        if kind is not None:
+            _warn_once(func, key, kind, cls.__name__, endpoint)
 
 
 def _kind_of(cls: type) -> _Kind | None:

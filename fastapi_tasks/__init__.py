@@ -27,6 +27,7 @@ from .errors import (
     WrongEventLoopError,
 )
 from .observer import TaskEvent, TaskEventKind, TaskObserver
+from .request_bound import RequestBoundArgumentWarning
 from .routing import Tasks, TasksRoute, get_tasks
 from .scheduler import TasksBatch, TasksScheduler
 from .supervisor import Supervisor
@@ -41,6 +42,7 @@ __all__ = [
     "InvalidSettingError",
     "InvalidTaskError",
     "NoCurrentTaskError",
+    "RequestBoundArgumentWarning",
     "Retry",
     "RunIf",
     "Supervisor",

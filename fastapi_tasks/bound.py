@@ -11,6 +11,7 @@ import anyio
 from .callables import is_async
 from .config import Duration, Retry, RunIf, TaskConfig, as_config, policy_of
 from .errors import InvalidSettingError
+from .request_bound import check_arguments
 from .tasks import Task, TaskErrorHandler, TaskOwner
 
 __all__ = ["BoundTasks", "ConfiguredTasks", "ImmediateTasks", "TaskHome"]
@@ -50,12 +51,16 @@ class BoundTasks(ABC):
     what ``.task(...)`` returns on each of them.
     """
 
-    __slots__ = ("_config", "_home", "_inherited", "_own")
+    __slots__ = ("_config", "_endpoint", "_home", "_inherited", "_own")
 
-    def __init__(self, home: TaskHome, inherited: TaskConfig, own: TaskConfig) -> None:
+    def __init__(
+        self, home: TaskHome, inherited: TaskConfig, own: TaskConfig, endpoint: object = None
+    ) -> None:
         self._home = home
         self._inherited = inherited
         self._own = own
+        # Whose tasks they are, if they are a request's.
+        self._endpoint = endpoint
         # The merged configuration of every function that has none of its own.
         self._config = inherited.merge(own)
 
@@ -92,6 +97,8 @@ class BoundTasks(ABC):
         else:
             self._check(policy)
             config = self._inherited.merge(policy).merge(self._own)
+        if args or kwargs:
+            check_arguments(func, args, kwargs, self._endpoint)
         task = self._home.create(func, args, kwargs, config, is_async=awaited)
         self._place(task)
         return task
@@ -146,7 +153,8 @@ class ConfiguredTasks(BoundTasks):
     __slots__ = ("_origin",)
 
     def __init__(self, origin: BoundTasks, own: TaskConfig) -> None:
-        super().__init__(origin._home, origin._inherited, origin._own.merge(own))
+        merged = origin._own.merge(own)
+        super().__init__(origin._home, origin._inherited, merged, origin._endpoint)
         self._origin = origin
 
     def _place(self, task: Task) -> None:

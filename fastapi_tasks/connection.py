@@ -92,7 +92,8 @@ class Connection:
             self.returned = self._failed = self._is_closed = False
         self.supervisor.require_running()
         self._request_stack = request_stack
-        scheduler = self.scheduler = TasksScheduler(self.supervisor, self.config)
+        endpoint = scope.get("endpoint")
+        scheduler = self.scheduler = TasksScheduler(self.supervisor, self.config, endpoint)
         task = find_current_task()
         if task is not None:
             # The request was made from within a task, and is not a part of it.

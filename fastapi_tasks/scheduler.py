@@ -21,12 +21,15 @@ class TasksBatch(BoundTasks):
 
     :param supervisor: where the tasks run
     :param inherited: the app's configuration
+    :param endpoint: the endpoint that schedules them, if there is one
     """
 
     __slots__ = ("_failed", "_waiting")
 
-    def __init__(self, supervisor: Supervisor, inherited: TaskConfig) -> None:
-        super().__init__(supervisor, inherited, INHERIT_ALL)
+    def __init__(
+        self, supervisor: Supervisor, inherited: TaskConfig, endpoint: object = None
+    ) -> None:
+        super().__init__(supervisor, inherited, INHERIT_ALL, endpoint)
         self._waiting: deque[Task] = deque()
         self._failed: bool | None = None
 
@@ -91,18 +94,24 @@ class TasksScheduler(ImmediateTasks):
 
     :param supervisor: where the tasks run
     :param config: the app's configuration; by default the supervisor's
+    :param endpoint: the endpoint that schedules them, if there is one
     """
 
     __slots__ = ("_supervisor", "after_response", "after_route", "owes_turn")
 
-    def __init__(self, supervisor: Supervisor, config: TaskConfig | None = None) -> None:
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        config: TaskConfig | None = None,
+        endpoint: object = None,
+    ) -> None:
         inherited = supervisor.settings.config if config is None else config
-        super().__init__(supervisor, inherited, INHERIT_ALL)
+        super().__init__(supervisor, inherited, INHERIT_ALL, endpoint)
         self._supervisor = supervisor
-        self.after_route = TasksBatch(supervisor, inherited)
+        self.after_route = TasksBatch(supervisor, inherited, endpoint)
         """Tasks scheduled on it start when the endpoint has returned, before its value is
         serialized."""
-        self.after_response = TasksBatch(supervisor, inherited)
+        self.after_response = TasksBatch(supervisor, inherited, endpoint)
         """Tasks scheduled on it start when the response is over: it was sent, or the client is
         gone."""
         self.owes_turn = False

@@ -131,6 +131,8 @@ class TasksMiddleware:
         self, scope: Scope, receive: Receive, send: Send, connection: Connection
     ) -> None:
         async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                connection.response_begun(message["status"])
             try:
                 await send(message)
             except OSError:

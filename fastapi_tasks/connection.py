@@ -83,6 +83,7 @@ class Connection:
 
         :param scope: the connection's
         :raises FastAPITasksUninitializedAppError: the supervisor is not running
+        :raises TooManyTasksError: it has as many tasks as it may, and the request has no scheduler
         """
         request_stack, function_stack = exit_stacks(scope)
         if self.scheduler is not None:
@@ -90,6 +91,8 @@ class Connection:
                 return self.scheduler
             self.close()
         self.supervisor.require_running()
+        if self.scheduler is None:
+            self.supervisor.require_room()  # once: a request that was let in stays so
         self.returned = self._failed = self._is_closed = False
         self._request_stack = request_stack
         scheduler = self.scheduler = TasksScheduler(self.supervisor, self.config)

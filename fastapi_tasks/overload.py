@@ -1,0 +1,51 @@
+"""How a request is refused while too many tasks are live."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from fastapi import Request, Response, WebSocket
+from fastapi.exceptions import HTTPException
+from fastapi.responses import JSONResponse
+from starlette.websockets import WebSocketState
+
+__all__ = ["refuse"]
+
+_TRY_AGAIN_LATER = 1013  # https://www.iana.org/assignments/websocket/websocket.xhtml
+
+
+async def refuse(connection: Request | WebSocket, error: Exception) -> Response | None:
+    """Answer a request that was refused: the exception handler of ``TooManyTasksError``.
+
+    A WebSocket is refused in its handshake where the server can do so, else by closing it.
+
+    :param connection: the request or WebSocket
+    :param error: the ``TooManyTasksError``
+    :return: the response to a request; a WebSocket is done with
+    """
+    assert isinstance(error, HTTPException)
+    response = _problem(error)
+    if not isinstance(connection, WebSocket):
+        return response
+    is_accepted = connection.application_state is not WebSocketState.CONNECTING
+    if is_accepted or "websocket.http.response" not in connection.scope.get("extensions", {}):
+        await connection.close(_TRY_AGAIN_LATER)
+    else:
+        await connection.send_denial_response(response)
+    return None
+
+
+def _problem(error: HTTPException) -> Response:
+    # https://www.rfc-editor.org/rfc/rfc9457#section-4.2.1: a problem that is no more than its
+    # status has this type, and the title that the status has.
+    return JSONResponse(
+        {
+            "type": "about:blank",
+            "title": HTTPStatus(error.status_code).phrase,
+            "status": error.status_code,
+            "detail": error.detail,
+        },
+        error.status_code,
+        error.headers,
+        media_type="application/problem+json",
+    )

@@ -233,8 +233,8 @@ class TooManyTasksError(FastAPITasksError, exceptions.HTTPException):
         )
         self.limit = limit
         message = (
-            f"{limit} tasks are live, as many as max_tasks={limit} allows, so the request was "
-            "refused before its endpoint ran. If the process can carry more of them: "
+            f"As many tasks are live as max_tasks={limit} allows, so the request was refused "
+            "before its endpoint ran. If the process can carry more of them: "
             f"add_tasks(app, max_tasks={2 * limit})"
         )
         self.args = (message,)

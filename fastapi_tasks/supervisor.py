@@ -218,8 +218,9 @@ class Supervisor(ImmediateTasks):
         :raises TooManyTasksError: as many are live, or more
         """
         limit, live = self.settings.max_tasks, self._live
-        if limit is None or live is None:
+        if limit is None:
             return
+        assert live is not None
         # Those that have ended may still be there for a turn of the event loop. To leave them out
         # takes a look at each one, so it is done only if it makes a difference.
         most = len(live._tasks)  # pyright: ignore[reportPrivateUsage]
@@ -231,8 +232,8 @@ class Supervisor(ImmediateTasks):
         if not self._is_refusing:
             self._is_refusing = True
             logger.warning(
-                "%d tasks are live, as many as max_tasks allows: requests that take Tasks are "
-                "refused with status 503 until some have ended. This is said again after their "
+                "As many tasks are live as max_tasks=%d allows: requests that take Tasks are "
+                "refused with status 503 until some have ended. This is said again when their "
                 "number has been down to half",
                 limit,
             )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
-
 from fastapi import Request, Response, WebSocket
 from fastapi.exceptions import HTTPException
 from fastapi.responses import JSONResponse
@@ -41,7 +39,7 @@ def _problem(error: HTTPException) -> Response:
     return JSONResponse(
         {
             "type": "about:blank",
-            "title": HTTPStatus(error.status_code).phrase,
+            "title": "Service Unavailable",
             "status": error.status_code,
             "detail": error.detail,
         },

@@ -229,11 +229,10 @@ class Task(Generic[P, T_co]):
         return self._context
 
     @context.setter
-    def context(self, context: Context | None) -> None:
-        self._context = context
-        if context is None:
-            # The request's error leads to the endpoint's frame, which may lead to the task.
-            self.request_end = None
+    def context(self, nothing: None) -> None:
+        # Both are let go of when the task is over: the request's error leads to the endpoint's
+        # frame, which may lead to the task.
+        self._context = self.request_end = nothing
 
     @property
     def started(self) -> anyio.Event:

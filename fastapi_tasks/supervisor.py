@@ -223,7 +223,7 @@ class Supervisor(ImmediateTasks):
         assert live is not None
         # Those that have ended may still be there for a turn of the event loop. To leave them out
         # takes a look at each one, so it is done only if it makes a difference.
-        most = len(live._tasks)  # pyright: ignore[reportPrivateUsage]
+        most = len(live)
         if most < limit or len(live.tasks()) < limit:
             # Not as soon as one is let in: at the limit, that and a refusal take turns.
             if 2 * most <= limit:

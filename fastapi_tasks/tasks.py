@@ -114,7 +114,6 @@ class Task(Generic[P, T_co]):
     __slots__ = (
         "__weakref__",
         "_attempt",
-        "_context",
         "_error",
         "_finished",
         "_id",
@@ -128,6 +127,7 @@ class Task(Generic[P, T_co]):
         "cancel_pending",
         "cancel_reason",
         "config",
+        "context",
         "func",
         "handle",
         "in_threads",
@@ -156,6 +156,8 @@ class Task(Generic[P, T_co]):
         """The keyword arguments that it is called with."""
         self.config = config
         """The app's, the function's and the call's configuration, merged."""
+        self.context: Context | None = context
+        """The context variables at the moment of ``schedule``, until the task is over."""
         self.is_async = is_async
         """Whether the function is awaited; if not, it runs in a thread."""
         self.in_threads = 0
@@ -170,7 +172,6 @@ class Task(Generic[P, T_co]):
         """The event loop's own task that runs this one, while it does."""
         self.request_end: RequestEnd | None = None
         """How the request ends that the task was scheduled on, until the task is over."""
-        self._context: Context | None = context
         self._owner = owner
         self._id = id
         self._status = _PENDING
@@ -222,17 +223,6 @@ class Task(Generic[P, T_co]):
         """
         end = self.request_end
         return None if end is None else end.error
-
-    @property
-    def context(self) -> Context | None:
-        """The context variables at the moment of ``schedule``, until the task is over."""
-        return self._context
-
-    @context.setter
-    def context(self, nothing: None) -> None:
-        # Both are let go of when the task is over: the request's error leads to the endpoint's
-        # frame, which may lead to the task.
-        self._context = self.request_end = nothing
 
     @property
     def started(self) -> anyio.Event:

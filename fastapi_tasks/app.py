@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -10,8 +11,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .config import SupervisorSettings, TaskConfig
 from .connection import Connection, connect, connection_of, current_connection
-from .errors import AddTasksError, FastAPITasksUninitializedAppError, UninitializedReason
+from .errors import (
+    AddTasksError,
+    FastAPITasksUninitializedAppError,
+    TooManyTasksError,
+    UninitializedReason,
+)
 from .observer import TaskObserver, logger
+from .overload import refuse
 from .routing import TasksRoute
 from .supervisor import Supervisor
 from .tasks import find_current_task, owner_of
@@ -29,6 +36,7 @@ def add_tasks(
     grace: float = 0.0,
     shutdown_timeout: float | None = None,
     threads: int = 40,
+    max_tasks: int | None = None,
 ) -> None:
     r"""Let an app's endpoints take ``tasks: Tasks``.
 
@@ -50,6 +58,8 @@ def add_tasks(
     :param shutdown_timeout: seconds within which the tasks' shutdown is over, whatever still
         runs; ``None``, the default: it waits for shielded tasks without end
     :param threads: how many sync tasks run at once; 40 by default
+    :param max_tasks: how many tasks may be live before a request that takes ``Tasks`` is answered
+        with status 503, until some have ended; ``None``, the default: no request is
     :raises AddTasksError: it is no FastAPI app, it is being served, or it has been given tasks
         with other arguments
     :raises InvalidSettingError: an argument has a value that it cannot have
@@ -61,6 +71,7 @@ def add_tasks(
         grace=grace,
         shutdown_timeout=shutdown_timeout,
         threads=threads,
+        max_tasks=max_tasks,
     )
     known = _supervisor_of(app)
     if known is not None:
@@ -77,6 +88,9 @@ def add_tasks(
             "the app is being served already",
             instead="add_tasks(app) where the app is made, right after app = FastAPI()",
         ) from None
+    if TooManyTasksError not in app.exception_handlers:
+        handler: Any = refuse  # of both kinds, of which Starlette's type knows one at a time
+        app.add_exception_handler(TooManyTasksError, handler)
     setattr(app.state, _STATE, supervisor)
     app.router.route_class = _tasks_route_class(app.router.route_class)
 
@@ -131,6 +145,8 @@ class TasksMiddleware:
         self, scope: Scope, receive: Receive, send: Send, connection: Connection
     ) -> None:
         async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                connection.response_begun(message["status"])
             try:
                 await send(message)
             except OSError:

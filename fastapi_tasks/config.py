@@ -305,6 +305,7 @@ class SupervisorSettings:
     grace: float = 0.0
     shutdown_timeout: float | None = None
     threads: int = 40
+    max_tasks: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_config(self.config):
@@ -343,6 +344,13 @@ class SupervisorSettings:
                 self.threads,
                 expected="a whole number, 1 or more",
                 instead="add_tasks(app, threads=40)",
+            )
+        if self.max_tasks is not None and not _is_count(self.max_tasks):
+            raise InvalidSettingError(
+                "max_tasks",
+                self.max_tasks,
+                expected="a whole number, 1 or more, or None",
+                instead="add_tasks(app, max_tasks=1000)",
             )
 
 

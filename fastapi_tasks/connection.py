@@ -83,14 +83,17 @@ class Connection:
 
         :param scope: the connection's
         :raises FastAPITasksUninitializedAppError: the supervisor is not running
+        :raises TooManyTasksError: it has as many tasks as it may, and the request has no scheduler
         """
         request_stack, function_stack = exit_stacks(scope)
         if self.scheduler is not None:
             if not self._is_attempted_again(request_stack):
                 return self.scheduler
             self.close()
-            self.returned = self._failed = self._is_closed = False
         self.supervisor.require_running()
+        if self.scheduler is None:
+            self.supervisor.require_room()  # once: a request that was let in stays so
+        self.returned = self._failed = self._is_closed = False
         self._request_stack = request_stack
         endpoint = scope.get("endpoint")
         scheduler = self.scheduler = TasksScheduler(self.supervisor, self.config, endpoint)
@@ -106,17 +109,25 @@ class Connection:
             scheduler.response_over(failed=False)  # a WebSocket's peer, before anybody asked
         return scheduler
 
-    def endpoint_over(self, *, failed: bool) -> None:
+    def endpoint_over(self, error: BaseException | None = None) -> None:
         """Release what waits for the endpoint, since it has returned or the route has raised.
 
-        :param failed: which of both
+        :param error: what was raised, if it was that
         """
-        if failed:
-            self._failed = True
-        else:
+        if error is None:
             self.returned = True
+        else:
+            self._fail(error)
         if self.scheduler is not None:
-            self.scheduler.route_over(failed=failed)
+            self.scheduler.route_over(failed=error is not None)
+
+    def response_begun(self, status: int) -> None:
+        """Let tasks know how the app answers.
+
+        :param status: the response's
+        """
+        if self.scheduler is not None:
+            self.scheduler.note_status(status)
 
     def response_over(self) -> None:
         """Release what waits for the response, since it was sent."""
@@ -143,6 +154,7 @@ class Connection:
         """Release what is left, since the app is done with the connection."""
         if self.scheduler is not None:
             self.scheduler.response_over(failed=not self._went_well)
+            self.scheduler.forget_end()
             self.supervisor.close(self)
 
     def has_waiting(self) -> bool:
@@ -161,6 +173,12 @@ class Connection:
         assert self.scheduler is not None
         self.scheduler.drop_waiting(reason)
 
+    def _fail(self, error: BaseException) -> None:
+        self._failed = True
+        # Before anything is released, so that whoever asks finds it.
+        if self.scheduler is not None:
+            self.scheduler.note_error(error)
+
     @property
     def _went_well(self) -> bool:
         return self.returned and not self._failed
@@ -172,10 +190,10 @@ class Connection:
         traceback: TracebackType | None,
     ) -> None:
         """Take the closing of the stack for the endpoint's end, on a route that is not ours."""
-        self.endpoint_over(
-            # Of all that can go wrong after the endpoint, it is the one that can be told apart.
-            failed=self._is_failure(exc) and not isinstance(exc, ResponseValidationError)
-        )
+        # Of all that can go wrong after the endpoint, it is the one that can be told apart.
+        is_late = isinstance(exc, ResponseValidationError)
+        is_failure = exc is not None and self._is_failure(exc) and not is_late
+        self.endpoint_over(exc if is_failure else None)
 
     def _exit_request_stack(
         self,
@@ -187,8 +205,8 @@ class Connection:
         """Be the safety net under every way in which a response can end."""
         _restore(_current.reset, token)
         self._is_closed = True
-        if self._is_failure(exc):
-            self._failed = True
+        if exc is not None and self._is_failure(exc):
+            self._fail(exc)
         self.response_over()
 
     def _is_attempted_again(self, request_stack: ExitStack) -> bool:
@@ -202,8 +220,8 @@ class Connection:
             return request_stack is not self._request_stack
         return self._failed
 
-    def _is_failure(self, exc: BaseException | None) -> bool:
-        if exc is None or self.sent or self.client_gone or isinstance(exc, WebSocketDisconnect):
+    def _is_failure(self, exc: BaseException) -> bool:
+        if self.sent or self.client_gone or isinstance(exc, WebSocketDisconnect):
             return False
         # Whoever cancels a response that is being sent, takes nothing back of what the endpoint
         # has done: a middleware does so when its client has left.

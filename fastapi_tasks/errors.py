@@ -13,6 +13,7 @@
     ├── TaskFailedError                     the task ended with what must not end its caller
     ├── TaskNotFinishedError                the result was asked for before there was one
     ├── TaskTimeoutError                    an attempt took longer than it may (a TimeoutError)
+    ├── TooManyTasksError                   the app has as many tasks as it may (an HTTPException)
     ├── UnsupportedFastAPIError             what the package stands on is not there
     └── WrongEventLoopError                 waiting takes place in another event loop
 
@@ -24,6 +25,8 @@ from __future__ import annotations
 from enum import Enum
 from types import FunctionType
 from typing import Any
+
+from fastapi import exceptions
 
 __all__ = [
     "AddTasksError",
@@ -37,6 +40,7 @@ __all__ = [
     "TaskFailedError",
     "TaskNotFinishedError",
     "TaskTimeoutError",
+    "TooManyTasksError",
     "UninitializedReason",
     "UnsupportedFastAPIError",
     "WrongEventLoopError",
@@ -225,6 +229,33 @@ class TaskTimeoutError(FastAPITasksError, TimeoutError):
 
     def __init__(self, task: Any, seconds: float) -> None:
         super().__init__(f"{task.name} ({task.id}) did not end within {seconds:g} s")
+
+
+class TooManyTasksError(FastAPITasksError, exceptions.HTTPException):
+    """A request was refused, since as many tasks are live as ``max_tasks`` allows.
+
+    It is an ``HTTPException`` with status 503 and a ``Retry-After``. Its text is for the log; what
+    a client may read is its ``detail``.
+
+    :param limit: the ``max_tasks`` that the supervisor has
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            503,
+            detail="The server is busy. Try again in a moment.",
+            headers={"Retry-After": "1"},
+        )
+        self.limit = limit
+        message = (
+            f"As many tasks are live as max_tasks={limit} allows, so the request was refused "
+            "before its endpoint ran. If the process can carry more of them: "
+            f"add_tasks(app, max_tasks={2 * limit})"
+        )
+        self.args = (message,)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class UnsupportedFastAPIError(FastAPITasksError):

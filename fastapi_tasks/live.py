@@ -66,6 +66,10 @@ class LiveTasks:
             if (shielded is None or task.config.shielded is shielded) and not _has_ended(task)
         )
 
+    def __len__(self) -> int:
+        """Return how many tasks there are, with those that only wait for the loop to say so."""
+        return len(self._tasks)
+
     def start(self, task: Task) -> None:
         """Start a task.
 
@@ -141,7 +145,7 @@ class LiveTasks:
         for task in self.tasks():
             if not is_over(task):
                 settle(task, TaskStatus.CANCELLED)
-                task.handle = task.context = None
+                task.handle = task.context = task.request_end = None
                 event = TaskEvent(TaskEventKind.DROPPED, (task,), reason=reason)
                 self._observers.tell(event)
 
@@ -166,8 +170,9 @@ class LiveTasks:
         # Somebody else may have cancelled it before its first step, which on asyncio then never
         # comes.
         give_up(task, TaskEventKind.CANCELLED, BY_OTHERS, self._observers)
-        # The context refers to the task, and both would wait for the garbage collector.
-        task.handle = task.context = None
+        # The context refers to the task, and so may the request's error, by the endpoint's frame:
+        # they would wait for the garbage collector.
+        task.handle = task.context = task.request_end = None
         if self.on_over is not None:
             self.on_over(task)
         self._wake_if_empty()
@@ -209,6 +214,6 @@ def give_up(
     """
     if not settle_unbegun(task):
         return False
-    task.context = None
+    task.context = task.request_end = None
     observers.tell(TaskEvent(kind, (task,), reason=reason, expected=expected))
     return True

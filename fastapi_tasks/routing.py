@@ -92,7 +92,7 @@ class TasksRoute(APIRoute):
                 return await _release_after(response, connection)
             except BaseException as error:
                 if connection is not None:
-                    connection.endpoint_over(failed=True)
+                    connection.endpoint_over(error)
                 if isinstance(error, ValidationException):
                     _name_users_file(error, endpoint)
                 raise
@@ -131,7 +131,7 @@ async def _release_after(response: Response, connection: Connection) -> Response
     if not _is_wrapper(connection.endpoint):
         # The wrapper would have done so, but a generator endpoint has none: it has returned as
         # soon as the generator is there.
-        connection.endpoint_over(failed=False)
+        connection.endpoint_over()
         await _give_turn(connection)
     if response is not connection.response:
         response = copy.copy(response)
@@ -171,10 +171,10 @@ def _wrapped_coroutine(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             result = await endpoint(*args, **kwargs)
-        except BaseException:
-            _endpoint_over(wrapper, failed=True)
+        except BaseException as error:
+            _endpoint_over(wrapper, error)
             raise
-        connection = _endpoint_over(wrapper, failed=False)
+        connection = _endpoint_over(wrapper)
         if connection is None:
             return result
         await _give_turn(connection)
@@ -188,10 +188,10 @@ def _wrapped_function(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             result = endpoint(*args, **kwargs)
-        except BaseException:
-            _endpoint_over(wrapper, failed=True)
+        except BaseException as error:
+            _endpoint_over(wrapper, error)
             raise
-        connection = _endpoint_over(wrapper, failed=False)
+        connection = _endpoint_over(wrapper)
         if connection is None:
             return result
         _give_turn_from_thread(connection)
@@ -200,7 +200,9 @@ def _wrapped_function(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _endpoint_over(wrapper: Callable[..., Any], *, failed: bool) -> Connection | None:
+def _endpoint_over(
+    wrapper: Callable[..., Any], error: BaseException | None = None
+) -> Connection | None:
     """Tell the connection that its endpoint is over, and return it, if it has taken tasks.
 
     A user's own wrapper may call ours; then it is the user's that is the endpoint.
@@ -208,7 +210,7 @@ def _endpoint_over(wrapper: Callable[..., Any], *, failed: bool) -> Connection |
     connection = current_connection()
     if connection is None or connection.endpoint is not wrapper:
         return None
-    connection.endpoint_over(failed=failed)
+    connection.endpoint_over(error)
     return connection
 
 

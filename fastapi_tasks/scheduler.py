@@ -9,7 +9,7 @@ from contextlib import suppress
 from .bound import BoundTasks, ImmediateTasks
 from .config import INHERIT_ALL, TaskConfig
 from .supervisor import Supervisor
-from .tasks import Task
+from .tasks import RequestEnd, Task
 
 __all__ = ["TasksBatch", "TasksScheduler"]
 
@@ -21,15 +21,21 @@ class TasksBatch(BoundTasks):
 
     :param supervisor: where the tasks run
     :param inherited: the app's configuration
+    :param end: how the request ends
     :param endpoint: the endpoint that schedules them, if there is one
     """
 
-    __slots__ = ("_failed", "_waiting")
+    __slots__ = ("_end", "_failed", "_waiting")
 
     def __init__(
-        self, supervisor: Supervisor, inherited: TaskConfig, endpoint: object = None
+        self,
+        supervisor: Supervisor,
+        inherited: TaskConfig,
+        end: RequestEnd,
+        endpoint: object,
     ) -> None:
         super().__init__(supervisor, inherited, INHERIT_ALL, endpoint)
+        self._end: RequestEnd | None = end
         self._waiting: deque[Task] = deque()
         self._failed: bool | None = None
 
@@ -61,6 +67,10 @@ class TasksBatch(BoundTasks):
         for task in self._take():
             self._home.drop(task, reason)
 
+    def forget_end(self) -> None:
+        """Let go of how the request has ended, which is no news for what is still scheduled."""
+        self._end = None
+
     def _take(self) -> Iterator[Task]:
         # Asked for, not looked up before: another thread may be faster.
         with suppress(IndexError):
@@ -78,6 +88,7 @@ class TasksBatch(BoundTasks):
         return False
 
     def _place(self, task: Task) -> None:
+        task.request_end = self._end
         self._waiting.append(task)
         # Looked at afterwards: a release in another thread sees the task, or this one sees it.
         if self._failed is not None:
@@ -97,7 +108,7 @@ class TasksScheduler(ImmediateTasks):
     :param endpoint: the endpoint that schedules them, if there is one
     """
 
-    __slots__ = ("_supervisor", "after_response", "after_route", "owes_turn")
+    __slots__ = ("_end", "_supervisor", "after_response", "after_route", "owes_turn")
 
     def __init__(
         self,
@@ -108,10 +119,12 @@ class TasksScheduler(ImmediateTasks):
         inherited = supervisor.settings.config if config is None else config
         super().__init__(supervisor, inherited, INHERIT_ALL, endpoint)
         self._supervisor = supervisor
-        self.after_route = TasksBatch(supervisor, inherited, endpoint)
+        end = RequestEnd()
+        self._end: RequestEnd | None = end
+        self.after_route = TasksBatch(supervisor, inherited, end, endpoint)
         """Tasks scheduled on it start when the endpoint has returned, before its value is
         serialized."""
-        self.after_response = TasksBatch(supervisor, inherited, endpoint)
+        self.after_response = TasksBatch(supervisor, inherited, end, endpoint)
         """Tasks scheduled on it start when the response is over: it was sent, or the client is
         gone."""
         self.owes_turn = False
@@ -139,6 +152,31 @@ class TasksScheduler(ImmediateTasks):
         if self.after_response.release(failed=failed):
             self.owes_turn = True
 
+    def note_status(self, status: int) -> None:
+        """Let the tasks of the request know how the app answers.
+
+        :param status: the response's
+        """
+        if self._end is not None:
+            self._end.status = status
+
+    def note_error(self, error: BaseException) -> None:
+        """Let the tasks of the request know what went wrong.
+
+        :param error: what was raised
+        """
+        if self._end is not None:
+            self._end.error = error
+
+    def forget_end(self) -> None:
+        """Leave it to the tasks alone to know how the request has ended, since it has.
+
+        The error leads to the frames of the request, and those lead here.
+        """
+        self._end = None
+        self.after_route.forget_end()
+        self.after_response.forget_end()
+
     def has_waiting(self) -> bool:
         """Return whether tasks wait for a moment of the request."""
         return self.after_route.has_waiting() or self.after_response.has_waiting()
@@ -152,5 +190,6 @@ class TasksScheduler(ImmediateTasks):
         self.after_response.drop(reason)
 
     def _place(self, task: Task) -> None:
+        task.request_end = self._end
         self._home.submit(task)
         self.owes_turn = True

@@ -23,12 +23,13 @@ from .drain import Drain, DrainPlan, DrainReport
 from .errors import (
     FastAPITasksUninitializedAppError,
     SupervisorStateError,
+    TooManyTasksError,
     UninitializedReason,
     WrongEventLoopError,
 )
 from .inbox import Inbox
 from .live import LiveTasks, OpenRequest, give_up
-from .observer import Observers, TaskEvent, TaskEventKind, TaskObserver
+from .observer import Observers, TaskEvent, TaskEventKind, TaskObserver, logger
 from .runner import Runner
 from .spawn import Spawner, current_spawner
 from .tasks import Task, is_over
@@ -71,6 +72,9 @@ class Supervisor(ImmediateTasks):
     :param shutdown_timeout: seconds within which a drain is over, counted from its start,
         whatever still runs; ``None``, the default: it waits for shielded tasks without end
     :param threads: how many sync tasks run at once; 40 by default
+    :param max_tasks: how many tasks may be live before a request that takes ``Tasks`` is refused
+        with status 503; ``None``, the default: no request is. What is scheduled on the supervisor
+        itself, and by a request that was let in, is never refused
     :raises InvalidSettingError: one of them has a value that it cannot have
     """
 
@@ -82,6 +86,7 @@ class Supervisor(ImmediateTasks):
         grace: float = 0.0,
         shutdown_timeout: float | None = None,
         threads: int = 40,
+        max_tasks: int | None = None,
     ) -> None:
         self.settings = SupervisorSettings(
             INHERIT_ALL if config is None else config,
@@ -89,6 +94,7 @@ class Supervisor(ImmediateTasks):
             grace,
             shutdown_timeout,
             threads,
+            max_tasks,
         )
         """What the supervisor was made with."""
         super().__init__(self, self.settings.config, INHERIT_ALL)
@@ -102,6 +108,7 @@ class Supervisor(ImmediateTasks):
         self._thread: int | None = None
         self._live: LiveTasks | None = None
         self._drain: Drain | None = None
+        self._is_refusing = False
 
     # Making and starting tasks
 
@@ -204,6 +211,33 @@ class Supervisor(ImmediateTasks):
             raise FastAPITasksUninitializedAppError(UninitializedReason.NOT_STARTED)
         if self._state is _State.STOPPED:
             raise FastAPITasksUninitializedAppError(UninitializedReason.STOPPED)
+
+    def require_room(self) -> None:
+        """Do nothing while fewer tasks are live than there may be. In the loop's thread only.
+
+        :raises TooManyTasksError: as many are live, or more
+        """
+        limit, live = self.settings.max_tasks, self._live
+        if limit is None:
+            return
+        assert live is not None
+        # Those that have ended may still be there for a turn of the event loop. To leave them out
+        # takes a look at each one, so it is done only if it makes a difference.
+        most = len(live)
+        if most < limit or len(live.tasks()) < limit:
+            # Not as soon as one is let in: at the limit, that and a refusal take turns.
+            if 2 * most <= limit:
+                self._is_refusing = False
+            return
+        if not self._is_refusing:
+            self._is_refusing = True
+            logger.warning(
+                "As many tasks are live as max_tasks=%d allows: requests that take Tasks are "
+                "refused with status 503 until some have ended. This is said again when their "
+                "number has been down to half",
+                limit,
+            )
+        raise TooManyTasksError(limit)
 
     async def turn(self) -> None:
         """Let every task that was started before run to its first await."""

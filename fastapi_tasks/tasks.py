@@ -30,6 +30,7 @@ from .errors import (
 )
 
 __all__ = [
+    "RequestEnd",
     "Task",
     "TaskErrorHandler",
     "TaskOwner",
@@ -92,6 +93,18 @@ class TaskOwner(Protocol):
         ...
 
 
+class RequestEnd:
+    """How a request ends, as far as that is known: what all tasks of the request share."""
+
+    __slots__ = ("error", "status")
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+        """The status of the response, once the app has begun to send it."""
+        self.error: BaseException | None = None
+        """What went wrong, once it has."""
+
+
 class Task(Generic[P, T_co]):
     """A function that was scheduled, and what has become of it.
 
@@ -120,6 +133,7 @@ class Task(Generic[P, T_co]):
         "in_threads",
         "is_async",
         "kwargs",
+        "request_end",
         "strays",
     )
 
@@ -159,6 +173,8 @@ class Task(Generic[P, T_co]):
         """Whether nobody waits any longer for the task to end."""
         self.handle: Any = None
         """The event loop's own task that runs this one, while it does."""
+        self.request_end: RequestEnd | None = None
+        """How the request ends that the task was scheduled on, until the task is over."""
         self._owner = owner
         self._id = id
         self._status = _PENDING
@@ -190,6 +206,26 @@ class Task(Generic[P, T_co]):
     def attempt(self) -> int:
         """Which run of the function is the latest: 0 before the first one has begun."""
         return self._attempt
+
+    @property
+    def response_status(self) -> int | None:
+        """The status of the response to the task's request: for the task itself, while it runs.
+
+        ``None``: the app has not begun to respond; it never did, since nothing in it handles the
+        request's error; the task was scheduled on no HTTP request; or the task is over.
+        """
+        end = self.request_end
+        return None if end is None else end.status
+
+    @property
+    def route_error(self) -> BaseException | None:
+        """What went wrong in the task's request: for the task itself, while it runs.
+
+        If one exception was made into another, it is the latest that was seen. ``None``: nothing
+        went wrong so far; the task was scheduled on no request; or the task is over.
+        """
+        end = self.request_end
+        return None if end is None else end.error
 
     @property
     def started(self) -> anyio.Event:

@@ -359,6 +359,11 @@ BAD_SETTINGS: list[Any] = [
     ("threads", 2.0, "float"),
     ("threads", "40", "str"),
     ("threads", None, "NoneType"),
+    ("max_tasks", 0, "int"),
+    ("max_tasks", -1, "int"),
+    ("max_tasks", True, "bool"),
+    ("max_tasks", 1.5, "float"),
+    ("max_tasks", "many", "str"),
 ]
 
 
@@ -455,6 +460,8 @@ def test_a_shutdown_cannot_be_over_before_its_grace() -> None:
         {"grace": 10, "shutdown_timeout": 10},
         {"grace": 1e6, "shutdown_timeout": math.inf},
         {"grace": 3.5, "shutdown_timeout": None, "threads": 1},
+        {"max_tasks": 1},
+        {"max_tasks": None},
     ],
 )
 def test_settings_at_their_limits_are_taken(settings: dict[str, Any]) -> None:

@@ -67,6 +67,8 @@ class Attempts:
         except Exception as failure:
             if failure is not error:
                 report_bad_retry(self._task, failure)
+            # What stamina has made refers to itself, and would keep the error with it.
+            self._attempt.__exit__(None, None, None)
             error.with_traceback(traceback)  # without the frames of who raised it again
             return False
         finally:

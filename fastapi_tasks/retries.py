@@ -64,7 +64,7 @@ class Attempts:
         token = _on_wait.set(on_wait)
         try:
             self._attempt = await anext(self._attempts)
-        except Exception as failure:
+        except (Exception, SystemExit) as failure:
             if failure is not error:
                 report_bad_retry(self._task, failure)
             # What stamina has made refers to itself, and would keep the error with it.

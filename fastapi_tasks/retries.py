@@ -20,7 +20,10 @@ __all__ = ["Attempts", "OnWait"]
 OnWait = Callable[[float], object]
 """Is called with the seconds until the next attempt, before they have passed."""
 
-_on_wait: ContextVar[OnWait | None] = ContextVar("fastapi_tasks_on_wait", default=None)
+_on_wait: ContextVar[tuple[Exception, OnWait] | None] = ContextVar(
+    "fastapi_tasks_on_wait", default=None
+)
+"""After which error a wait is expected, and who is told of it."""
 
 
 class Attempts:
@@ -61,7 +64,7 @@ class Attempts:
         traceback = error.__traceback__
         self._attempt.__exit__(type(error), error, traceback)
         _listen()
-        token = _on_wait.set(on_wait)
+        token = _on_wait.set((error, on_wait))
         try:
             self._attempt = await anext(self._attempts)
         except (Exception, SystemExit) as failure:
@@ -107,7 +110,8 @@ def _listen() -> None:
 
 
 def _tell(details: RetryDetails) -> None:
-    on_wait = _on_wait.get()
-    if on_wait is not None:
+    expected = _on_wait.get()
+    # What others retry in functions that are asked, in hooks and in what these start, is theirs.
+    if expected is not None and details.caused_by is expected[0]:
         _on_wait.set(None)  # there may be two of us, if two threads began to listen at once
-        on_wait(details.wait_for)
+        expected[1](details.wait_for)

@@ -64,10 +64,11 @@ class Attempts:
         traceback = error.__traceback__
         self._attempt.__exit__(type(error), error, traceback)
         _listen()
-        token = _on_wait.set((error, on_wait))
+        _on_wait.set((error, on_wait))
         try:
             self._attempt = await anext(self._attempts)
         except (Exception, SystemExit) as failure:
+            _on_wait.set(None)
             if failure is not error:
                 report_bad_retry(self._task, failure)
             # What stamina has made refers to itself, and would keep the error with it.
@@ -75,7 +76,6 @@ class Attempts:
             error.with_traceback(traceback)  # without the frames of who raised it again
             return False
         finally:
-            _on_wait.reset(token)
             del error, on_wait
         return True
 

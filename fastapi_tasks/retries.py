@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from .config import Duration, Retry, RetryOn, is_wait
 from .errors import InvalidSettingError
 from .observer import report_bad_retry
-from .tasks import Task
+from .tasks import Task, enter
 
 if TYPE_CHECKING:
     from stamina import Attempt
@@ -65,6 +65,7 @@ class Attempts:
         self._attempt.__exit__(type(error), error, traceback)
         _listen()
         _on_wait.set((error, on_wait))
+        is_left = True
         try:
             self._attempt = await anext(self._attempts)
         except (Exception, SystemExit) as failure:
@@ -74,10 +75,11 @@ class Attempts:
             # What stamina has made refers to itself, and would keep the error with it.
             self._attempt.__exit__(None, None, None)
             error.with_traceback(traceback)  # without the frames of who raised it again
-            return False
+            is_left = False
         finally:
             del error, on_wait
-        return True
+        enter(self._task)
+        return is_left
 
 
 def _answer_of(on: RetryOn) -> RetryOn:
@@ -105,8 +107,8 @@ def _listen() -> None:
     from stamina.instrumentation import get_on_retry_hooks, set_on_retry_hooks
 
     hooks = get_on_retry_hooks()
-    if _tell not in hooks:
-        set_on_retry_hooks((*hooks, _tell))
+    if hooks[-1:] != (_tell,):  # the last one, since what follows it is the wait
+        set_on_retry_hooks((*(hook for hook in hooks if hook is not _tell), _tell))
 
 
 def _tell(details: RetryDetails) -> None:
@@ -115,3 +117,4 @@ def _tell(details: RetryDetails) -> None:
     if expected is not None and details.caused_by is expected[0]:
         _on_wait.set(None)  # there may be two of us, if two threads began to listen at once
         expected[1](details.wait_for)
+        enter(None)  # a timer keeps the context that it was made in until its time

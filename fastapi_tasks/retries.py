@@ -63,10 +63,10 @@ class Attempts:
         assert self._attempt is not None
         traceback = error.__traceback__
         self._attempt.__exit__(type(error), error, traceback)
-        _listen()
         _on_wait.set((error, on_wait))
         is_left = True
         try:
+            _listen()
             self._attempt = await anext(self._attempts)
         except (Exception, SystemExit) as failure:
             _on_wait.set(None)

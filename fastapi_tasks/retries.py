@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from .config import Duration, Retry, RetryOn, is_wait
 from .errors import InvalidSettingError
 from .observer import report_bad_retry
-from .tasks import Task
+from .tasks import Task, enter
 
 if TYPE_CHECKING:
     from stamina import Attempt
@@ -20,7 +20,10 @@ __all__ = ["Attempts", "OnWait"]
 OnWait = Callable[[float], object]
 """Is called with the seconds until the next attempt, before they have passed."""
 
-_on_wait: ContextVar[OnWait | None] = ContextVar("fastapi_tasks_on_wait", default=None)
+_on_wait: ContextVar[tuple[Exception, OnWait] | None] = ContextVar(
+    "fastapi_tasks_on_wait", default=None
+)
+"""After which error a wait is expected, and who is told of it."""
 
 
 class Attempts:
@@ -60,19 +63,23 @@ class Attempts:
         assert self._attempt is not None
         traceback = error.__traceback__
         self._attempt.__exit__(type(error), error, traceback)
-        _listen()
-        token = _on_wait.set(on_wait)
+        _on_wait.set((error, on_wait))
+        is_left = True
         try:
+            _listen()
             self._attempt = await anext(self._attempts)
-        except Exception as failure:
+        except (Exception, SystemExit) as failure:
+            _on_wait.set(None)
             if failure is not error:
                 report_bad_retry(self._task, failure)
+            # What stamina has made refers to itself, and would keep the error with it.
+            self._attempt.__exit__(None, None, None)
             error.with_traceback(traceback)  # without the frames of who raised it again
-            return False
+            is_left = False
         finally:
-            _on_wait.reset(token)
             del error, on_wait
-        return True
+        enter(self._task)
+        return is_left
 
 
 def _answer_of(on: RetryOn) -> RetryOn:
@@ -100,12 +107,14 @@ def _listen() -> None:
     from stamina.instrumentation import get_on_retry_hooks, set_on_retry_hooks
 
     hooks = get_on_retry_hooks()
-    if _tell not in hooks:
-        set_on_retry_hooks((*hooks, _tell))
+    if hooks[-1:] != (_tell,):  # the last one, since what follows it is the wait
+        set_on_retry_hooks((*(hook for hook in hooks if hook is not _tell), _tell))
 
 
 def _tell(details: RetryDetails) -> None:
-    on_wait = _on_wait.get()
-    if on_wait is not None:
+    expected = _on_wait.get()
+    # What others retry in functions that are asked, in hooks and in what these start, is theirs.
+    if expected is not None and details.caused_by is expected[0]:
         _on_wait.set(None)  # there may be two of us, if two threads began to listen at once
-        on_wait(details.wait_for)
+        expected[1](details.wait_for)
+        enter(None)  # a timer keeps the context that it was made in until its time

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import dataclasses
 import functools
 import gc
 import heapq
 import inspect
 import math
+import pickle
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta
 from typing import Any, get_args
 
 import pytest
@@ -19,6 +23,7 @@ from hypothesis import strategies as st
 from fastapi_tasks import (
     InvalidSettingError,
     InvalidTaskError,
+    Retry,
     Supervisor,
     Task,
     TaskConfig,
@@ -41,7 +46,7 @@ def load() -> None:
     """Have no configuration of its own."""
 
 
-FIELDS = [field.name for field in dataclasses.fields(TaskConfig)]
+FIELDS = [field.name for field in dataclasses.fields(TaskConfig) if field.init]
 
 configs = st.builds(
     TaskConfig,
@@ -49,6 +54,7 @@ configs = st.builds(
     shield=st.none() | st.booleans(),
     on_error=st.sampled_from([None, ring_bell, hoist_flag]),
     run_if=st.none() | st.sampled_from(get_args(RunIf)),
+    retry=st.sampled_from([None, Retry(OSError), Retry(OSError, attempts=1), Retry(ValueError)]),
 )
 
 
@@ -337,6 +343,56 @@ BAD_FIELDS: list[Any] = [
     ("run_if", "sometimes", "str"),
     ("run_if", True, "bool"),
     ("run_if", ["success"], "list"),
+    ("retry", 3, "int"),
+    ("retry", True, "bool"),
+    ("retry", ConnectionError, "type"),
+    ("retry", (ConnectionError, TimeoutError), "tuple"),
+    ("retry", Retry, "type"),
+    ("retry", load, "function"),
+]
+
+BAD_RETRIES: list[Any] = [
+    ("on", None, "NoneType"),
+    ("on", "ConnectionError", "str"),
+    ("on", ConnectionError(), "ConnectionError"),
+    ("on", BaseException, "type"),
+    ("on", KeyboardInterrupt, "type"),
+    ("on", asyncio.CancelledError, "type"),
+    ("on", int, "type"),
+    ("on", (), "tuple"),
+    ("on", (OSError, SystemExit), "tuple"),
+    ("on", (OSError, "ValueError"), "tuple"),
+    ("on", (OSError, (ValueError,)), "tuple"),
+    ("on", [OSError], "list"),
+    ("on", hoist_flag, "function"),
+    ("on", heapq.merge, "function"),
+    ("attempts", 0, "int"),
+    ("attempts", -1, "int"),
+    ("attempts", True, "bool"),
+    ("attempts", 3.0, "float"),
+    ("attempts", math.inf, "float"),
+    ("attempts", "3", "str"),
+    ("attempts", None, "NoneType"),
+    *[
+        (field, value, type(value).__name__)
+        for field in ("wait_initial", "wait_max", "wait_jitter")
+        for value in (-1, -0.1, math.nan, math.inf, True, "1", None, timedelta(-1), [1])
+    ],
+    ("wait_exp_base", 0.99, "float"),
+    ("wait_exp_base", 0, "int"),
+    ("wait_exp_base", -2, "int"),
+    ("wait_exp_base", math.nan, "float"),
+    ("wait_exp_base", math.inf, "float"),
+    ("wait_exp_base", True, "bool"),
+    ("wait_exp_base", "2", "str"),
+    ("wait_exp_base", None, "NoneType"),
+    ("timeout", 0, "int"),
+    ("timeout", -1, "int"),
+    ("timeout", math.nan, "float"),
+    ("timeout", True, "bool"),
+    ("timeout", "60", "str"),
+    ("timeout", timedelta(0), "timedelta"),
+    ("timeout", timedelta(seconds=-60), "timedelta"),
 ]
 
 BAD_SETTINGS: list[Any] = [
@@ -374,7 +430,7 @@ def shown(value: object) -> str:
     return f"={value.__qualname__}" if inspect.isfunction(value) else ""
 
 
-def expect_refusal(make: Callable[[], object], setting: str, value: object, kind: str) -> None:
+def expect_refusal(make: Callable[[], object], setting: str, value: object, kind: str) -> str:
     """Check an error: what came, what was expected, and a line to write that is Python."""
     with pytest.raises(InvalidSettingError) as caught:
         make()
@@ -386,6 +442,86 @@ def expect_refusal(make: Callable[[], object], setting: str, value: object, kind
     assert message.endswith(f", got {kind}.")
     assert setting in line
     compile(line, "the line to write", "eval")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("field", "value", "kind"), BAD_RETRIES)
+def test_a_wrong_retry_is_refused_where_it_is_written(field: str, value: object, kind: str) -> None:
+    """And not when a task has failed, in the night; the line to write is itself right."""
+    error = expect_refusal(lambda: Retry(**{"on": OSError, field: value}), field, value, kind)  # type: ignore[arg-type]
+    assert isinstance(eval(error.partition(" Write for example: ")[2]), Retry)
+
+
+def test_a_retry_says_after_which_errors() -> None:
+    """There is no safe default: that a function may run twice is for its author to know."""
+    error = expect_refusal(Retry, "on", None, "NoneType")
+    assert "a type of Exception, a tuple of them, or a function" in error
+
+
+def ask(error: Exception) -> bool:
+    """Say whether an error is worth it."""
+    return isinstance(error, OSError)
+
+
+RETRIES = [
+    Retry(OSError),
+    Retry((OSError, ValueError), attempts=1, wait_initial=0, wait_max=0, wait_jitter=0),
+    Retry(ask, attempts=10**6, wait_exp_base=1, timeout=math.inf),
+    Retry(
+        on=Exception,
+        wait_initial=timedelta(seconds=1),
+        wait_max=timedelta(hours=1),
+        wait_jitter=timedelta(0),
+        timeout=timedelta(minutes=5),
+    ),
+]
+
+
+@pytest.mark.parametrize("retry", RETRIES)
+def test_a_retry_is_data(retry: Retry) -> None:
+    """It can be compared, copied, kept in sets and sent to another process, but not changed."""
+    changed = dataclasses.replace(retry, attempts=2)
+    again = dataclasses.replace(changed, attempts=retry.attempts)
+    assert again == retry == copy.copy(retry) == copy.deepcopy(retry)
+    assert pickle.loads(pickle.dumps(retry)) == retry
+    assert len({again, retry, changed}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        retry.attempts = 2  # type: ignore[misc]
+
+
+def test_what_is_not_given_to_a_retry_has_the_documented_values() -> None:
+    """Three attempts, about a tenth of a second and twice that between them, no limit of time."""
+    retry = Retry(OSError)
+    assert (retry.attempts, retry.timeout) == (3, None)
+    assert (retry.wait_initial, retry.wait_max, retry.wait_jitter) == (0.1, 5, 1)
+    assert retry.wait_exp_base == 2
+
+
+class Code:
+    """A function with something that nobody is to see."""
+
+    def __call__(self, error: Exception) -> bool:
+        """Decide."""
+        return False
+
+    __repr__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("retry", "text"),
+    [
+        (Retry(OSError), "Retry(on=OSError)"),
+        (Retry(OSError, attempts=3), "Retry(on=OSError)"),
+        (Retry((OSError, KeyError), attempts=5), "Retry(on=(OSError, KeyError), attempts=5)"),
+        (Retry(ask, timeout=60), "Retry(on=ask, timeout=60)"),
+        (Retry(functools.partial(ask, Code())), "Retry(on=ask)"),
+        (Retry(Code()), "Retry(on=Code)"),
+    ],
+)
+def test_a_retry_shows_what_was_set_and_no_private_data(retry: Retry, text: str) -> None:
+    """A partial's arguments are as private as a task's."""
+    assert repr(retry) == text
+    assert repr(TaskConfig(retry=retry)) == f"TaskConfig(retry={text})"
 
 
 @pytest.mark.parametrize(("field", "value", "kind"), BAD_FIELDS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncIterator, Awaitable
+from datetime import timedelta
 from typing import Any, assert_type
 
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from fastapi import FastAPI
 from fastapi_tasks import (
     BoundTasks,
     DrainReport,
+    Retry,
     Supervisor,
     Task,
     TaskConfig,
@@ -124,6 +126,38 @@ def handlers_are_checked(tasks: Tasks) -> None:
 
 
 def observe(event: TaskEvent) -> None: ...
+
+
+def after_any_error(error: Exception) -> bool:
+    return True
+
+
+def after_a_while(error: Exception) -> timedelta:
+    return timedelta(seconds=1)
+
+
+def after_timeouts(error: TimeoutError) -> bool:
+    return True
+
+
+async def after_asking(error: Exception) -> bool:
+    return True
+
+
+def retries_are_checked(tasks: Tasks) -> None:
+    tasks.task(retry=Retry(ConnectionError))
+    tasks.after_route.task(retry=Retry(on=(ConnectionError, TimeoutError), attempts=5))
+    tasks.after_response.task(retry=Retry(after_any_error, wait_max=timedelta(minutes=1)))
+    TaskConfig(retry=Retry(after_a_while, wait_initial=1, wait_jitter=0.5, timeout=60))
+    task(retry=Retry(lambda error: 2.5))(weigh)
+    assert_type(Retry(ConnectionError).attempts, int)
+    Retry()  # type: ignore[call-arg]
+    Retry(KeyboardInterrupt)  # type: ignore[arg-type]
+    Retry(after_timeouts)  # type: ignore[arg-type]
+    Retry(after_asking)  # type: ignore[arg-type]
+    Retry(ConnectionError, attempts="many")  # type: ignore[arg-type]
+    TaskConfig(retry=ConnectionError)  # type: ignore[arg-type]
+    tasks.task(retry=3)  # type: ignore[call-overload]
 
 
 async def everything_else(app: FastAPI) -> None:

@@ -21,7 +21,7 @@ import functools
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from contextvars import copy_context
 from typing import Any, TypeVar, cast
 
@@ -136,10 +136,9 @@ class Runner:
         failure: Exception | None = None
         try:
             if config.delay:
-                # A timer keeps the context that it was made in until its time, though cancelled.
-                enter(None)
-                await anyio.sleep(in_seconds(config.delay))
-                enter(task)
+                with suppress(TimeIsUpError):
+                    async with self._spawner.within(in_seconds(config.delay)):
+                        await anyio.Event().wait()
             if config.retries is None:
                 return await self._attempt(task)
             attempts = Attempts(task, config.retries)

@@ -14,8 +14,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .tasks import enter, leave
-
 if TYPE_CHECKING:
     import trio
 
@@ -124,12 +122,11 @@ class AsyncioSpawner:
     @asynccontextmanager
     async def within(self, seconds: float) -> AsyncGenerator[None, None]:
         cause: BaseException | None = None
-        # A timer keeps the context that it was made in until its time, though it is cancelled.
-        token = enter(None)
         try:
-            async with asyncio.timeout(seconds):
-                leave(token)
-                del token  # it refers to the task
+            async with asyncio.timeout(None) as limit:
+                # A timer keeps the context that it was made in, and all that is in there, until
+                # its time, though it is cancelled.
+                Context().run(limit.reschedule, self._loop.time() + seconds)
                 try:
                     yield
                 except BaseException as error:

@@ -86,7 +86,7 @@ class Runner:
                 self._begin(task)
                 result = await task.func(*task.args, **task.kwargs)
             else:
-                result = await self._attempt_in_thread(task, self._threads)
+                result = await self._attempt_in_thread(task)
         except BaseException as error:
             try:
                 await self._end_with(task, _from_users_code(error))
@@ -166,10 +166,9 @@ class Runner:
             try:
                 if task.is_async:
                     return await self._attempt_in_loop(task, seconds)
-                limiter = task.config.limiter or self._threads
                 if seconds == math.inf:
-                    return await self._attempt_in_thread(task, limiter)
-                return await self._attempt_in_thread_within(task, limiter, seconds)
+                    return await self._attempt_in_thread(task)
+                return await self._attempt_in_thread_within(task, seconds)
             except TimeIsUpError as error:
                 if task.is_async:  # else it tells nothing of where the function is
                     cause = _from_users_code(cast(BaseException, error.__cause__))
@@ -188,29 +187,30 @@ class Runner:
         finally:
             del task  # as in run()
 
-    async def _attempt_in_thread(self, task: Task, limiter: anyio.CapacityLimiter) -> Any:
+    async def _attempt_in_thread(self, task: Task) -> Any:
+        limiter = task.config.limiter
         try:
-            async with limiter:
-                self._begin(task)
-                result = await self._call_in_thread(task, _call_of(task))
-            return await self._awaited(task, result)
+            async with limiter or nullcontext():
+                async with self._threads if limiter is None else nullcontext():
+                    self._begin(task)
+                    result = await self._call_in_thread(task, _call_of(task))
+                return await self._awaited(task, result)
         finally:
             del task  # as in run()
 
-    async def _attempt_in_thread_within(
-        self, task: Task, limiter: anyio.CapacityLimiter, seconds: float
-    ) -> Any:
+    async def _attempt_in_thread_within(self, task: Task, seconds: float) -> Any:
         """Do the same, and leave the thread alone when its time is up.
 
         It then goes on and keeps its place, while a loop's task of its own waits for it.
         """
-        call = _ThreadCall(limiter)
+        limiter = task.config.limiter
+        call = _ThreadCall(limiter or self._threads, is_alone=limiter is None)
         try:
-            await limiter.acquire_on_behalf_of(call)
+            await call.limiter.acquire_on_behalf_of(call)
             try:
                 self._begin(task)
             except BaseException:
-                limiter.release_on_behalf_of(call)
+                call.limiter.release_on_behalf_of(call)
                 raise
             self._spawner.spawn(
                 call.run(_call_of(task), self._unlimited),
@@ -218,17 +218,17 @@ class Runner:
                 context=copy_context(),
                 over=call.end,
             )
-            async with self._spawner.within(seconds):
-                task.in_threads += 1
-                try:
-                    await call.over.wait()
-                except BaseException:
-                    call.is_stray = True
+            try:
+                async with self._spawner.within(seconds):
+                    task.in_threads += 1
+                    try:
+                        await call.over.wait()
+                    finally:
+                        task.in_threads -= 1
+                    return await self._awaited(task, _result_of(call.outcome))
+            finally:
+                if not call.leave():
                     task.strays += (call,)
-                    raise
-                finally:
-                    task.in_threads -= 1
-                return await self._awaited(task, _result_of(call.outcome))
         finally:
             del task, call  # as in run()
 
@@ -347,19 +347,21 @@ class _ThreadCall:
     """A call in a thread, which may go on when its attempt is over.
 
     :param limiter: where it has its place
+    :param is_alone: whether the place is for the thread only, and not for what comes after it
     """
 
-    __slots__ = ("_limiter", "is_stray", "outcome", "over")
+    __slots__ = ("_is_alone", "_is_left", "limiter", "outcome", "over")
 
-    def __init__(self, limiter: anyio.CapacityLimiter) -> None:
-        self._limiter = limiter
+    def __init__(self, limiter: anyio.CapacityLimiter, *, is_alone: bool) -> None:
+        self._is_alone = is_alone
+        self._is_left = False
+        self.limiter = limiter
+        """Where it has its place."""
         self.over = anyio.Event()
         """Is set when the thread is done."""
         # If somebody cancels the loop's task that waits for it before it has begun.
         self.outcome = _Outcome(error=asyncio.CancelledError())
         """What has come of it."""
-        self.is_stray = False
-        """Whether nobody waits for what comes of it."""
 
     async def run(self, call: Callable[[], Any], limiter: anyio.CapacityLimiter) -> None:
         """Make the call, and keep what comes of it."""
@@ -371,12 +373,26 @@ class _ThreadCall:
             enter(None)  # as in Runner.run()
 
     def end(self, _handle: Handle) -> None:
-        """Give its place to others, since the thread is done."""
-        self._limiter.release_on_behalf_of(self)
-        if self.is_stray:
-            discard(self.outcome.result)
-            self.outcome = _Outcome()
+        """Note that the thread is done."""
         self.over.set()
+        if self._is_alone or self._is_left:
+            self.limiter.release_on_behalf_of(self)
+        if self._is_left:
+            self._drop()
+
+    def leave(self) -> bool:
+        """Note that nobody waits for it any more; return whether it is over."""
+        self._is_left = True
+        if not self.over.is_set():
+            return False
+        if not self._is_alone:
+            self.limiter.release_on_behalf_of(self)
+        self._drop()
+        return True
+
+    def _drop(self) -> None:
+        discard(self.outcome.result)
+        self.outcome = _Outcome()
 
 
 def _is_held(limiter: anyio.CapacityLimiter) -> bool:

@@ -41,6 +41,7 @@ from fastapi_tasks import (
 from . import load
 from .conftest import ASYNCIO_BACKENDS, BACKENDS, FAKE_CLOCKS, Backend
 from .recording import Observed, idle, let_others_run, ours
+from .servers import PATIENCE
 
 
 @pytest.fixture(params=FAKE_CLOCKS)
@@ -707,6 +708,434 @@ async def test_a_task_that_ran_out_of_time_is_forgotten_at_once(
     async with Supervisor() as supervisor:
         async with nothing_collected():
             task = supervisor.task(timeout=0.001, retry=retry).schedule(function)
+            await idle(supervisor)
+            reference = weakref.ref(task)
+            del task
+            await let_others_run()
+            assert reference() is None
+
+
+# Functions in threads
+
+
+class Spade:
+    """A sync function that is stuck in its thread until it is let go, once for each attempt."""
+
+    def __init__(self, *results: Any) -> None:
+        self.gate = threading.Event()
+        self.results = list(results)
+        self.calls = 0
+
+    def __call__(self) -> Any:
+        """Wait, and then return or raise what was given for this call; at once if that is set."""
+        self.calls += 1
+        result = self.results.pop(0) if self.results else "dug"
+        if result != "at once":
+            self.gate.wait()
+        if isinstance(result, BaseException):
+            raise result
+        return result() if callable(result) else result
+
+
+async def test_a_sync_function_that_takes_too_long_has_failed_while_its_thread_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """At its time: its waiters go on, its record is written, its error handler runs."""
+    spade, handled = Spade(), anyio.Event()
+
+    async def note(task: Task, error: Exception) -> None:
+        handled.set()
+
+    async with Supervisor() as supervisor:
+        task = supervisor.task(timeout=30, on_error=note).schedule(spade)
+        with pytest.raises(TaskTimeoutError):
+            await task.wait()
+        assert anyio.current_time() == pytest.approx(30)
+        assert task.status is TaskStatus.FAILED
+        await handled.wait()
+        await let_others_run()
+        assert supervisor.running == (task,)
+        spade.gate.set()
+        await idle(supervisor)
+
+    assert [record.levelname for record in ours(caplog)][:1] == ["ERROR"]
+    assert (task.status, spade.calls) == (TaskStatus.FAILED, 1)
+
+
+async def test_the_error_of_a_sync_function_that_takes_too_long_has_no_cause() -> None:
+    """Where the thread is cannot be told, and where it was waited for tells nothing."""
+    spade = Spade()
+    async with Supervisor() as supervisor:
+        task = supervisor.task(timeout=30).schedule(spade)
+        error = await over(task)
+        spade.gate.set()
+
+    assert isinstance(error, TaskTimeoutError)
+    assert (error.__cause__, error.__context__) == (None, None)
+
+
+@pytest.mark.parametrize("limited", [True, False])
+async def test_a_stray_thread_keeps_its_place_until_it_ends(limited: bool) -> None:
+    """Or there would be more of them than may be; then the next one gets it."""
+    spade = Spade()
+    async with Supervisor(threads=1) as supervisor:
+        tasks = supervisor.task(limiter=anyio.CapacityLimiter(1) if limited else None)
+        first = tasks.task(timeout=30).schedule(spade)
+        await over(first)
+        second = tasks.schedule(plough)
+        await anyio.sleep(100)
+        assert second.status is TaskStatus.PENDING
+        spade.gate.set()
+        await second.wait()
+        assert second.status is TaskStatus.SUCCEEDED
+
+
+async def test_a_drain_waits_for_a_stray_thread_and_names_its_task(observed: Observed) -> None:
+    """The task has failed long ago, and is reported as finished when the thread ends."""
+    spade = Spade()
+
+    def let_go(event: TaskEvent) -> None:
+        if event.kind is TaskEventKind.DRAIN_WAITING:
+            waited_for.append(event.tasks)
+            spade.gate.set()
+
+    waited_for: list[tuple[Task, ...]] = []
+    supervisor = Supervisor(config=TaskConfig(shield=True), observers=[let_go])
+    await supervisor.start()
+    task = supervisor.task(timeout=5).schedule(spade)
+    await over(task)
+
+    report = await supervisor.drain()
+
+    assert waited_for[0] == (task,)
+    assert (report.finished, report.abandoned) == ((task,), ())
+
+
+@pytest.mark.parametrize(("shield", "end"), [(True, 20), (False, 5)])
+async def test_a_stray_thread_that_outlives_the_drain_is_reported_as_abandoned(
+    shield: bool, end: float
+) -> None:
+    """The report says so, and the drain ends in time."""
+    spade = Spade()
+    supervisor = Supervisor(config=TaskConfig(shield=shield), shutdown_timeout=20)
+    await supervisor.start()
+    task = supervisor.task(timeout=1).schedule(spade)
+    await over(task)
+
+    report = await supervisor.drain()
+    spade.gate.set()
+
+    assert (report.abandoned, report.finished, report.cancelled) == ((task,), (), ())
+    assert report.duration == pytest.approx(end)
+    assert not task.cancel()
+
+
+async def test_a_sync_function_that_runs_out_of_time_in_the_drain_is_a_failure() -> None:
+    """With its thread it is waited for, and the attempt is the last one."""
+    spade = Spade()
+    supervisor = Supervisor(shutdown_timeout=20)
+    await supervisor.start()
+    task = supervisor.task(timeout=3, retry=AGAIN).schedule(spade)
+    await task.started.wait()
+
+    report = await supervisor.drain()
+    spade.gate.set()
+
+    assert (task.status, task.attempt) == (TaskStatus.FAILED, 1)
+    assert report.abandoned == (task,)
+
+
+async def test_a_late_result_is_dropped() -> None:
+    """The task has failed, and stays so; a coroutine is closed, so that nobody is warned of it."""
+    coroutines: list[Any] = []
+
+    def make() -> Awaitable[None]:
+        coroutines.append(plant())
+        return coroutines[0]
+
+    spade = Spade(make)
+    async with Supervisor() as supervisor:
+        task = supervisor.task(timeout=30).schedule(spade)
+        error = await over(task)
+        spade.gate.set()
+        await idle(supervisor)
+
+    assert task.exception() is error
+    assert inspect.getcoroutinestate(coroutines[0]) == inspect.CORO_CLOSED
+
+
+async def test_a_late_error_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """The task has failed already, and has one record."""
+    spade = Spade(FrostError())
+    error = weakref.ref(spade.results[0])
+    async with Supervisor() as supervisor:
+        task = supervisor.task(timeout=30).schedule(spade)
+        await over(task)
+        spade.gate.set()
+        await idle(supervisor)
+    gc.collect()
+
+    assert [type(record.exc_info[1]) for record in ours(caplog) if record.exc_info] == [
+        TaskTimeoutError
+    ]
+    assert error() is None
+
+
+async def test_the_next_attempt_takes_a_place_of_its_own() -> None:
+    """So two threads may run for one task."""
+    spade = Spade()
+    limiter = anyio.CapacityLimiter(2)
+    async with Supervisor() as supervisor:
+        task = supervisor.task(timeout=30, retry=AGAIN, limiter=limiter).schedule(spade)
+        await over(task)
+        assert limiter.borrowed_tokens == 2
+        assert anyio.current_time() == pytest.approx(60)
+        spade.gate.set()
+        await idle(supervisor)
+        assert (limiter.borrowed_tokens, spade.calls) == (0, 2)
+
+
+async def test_the_next_attempt_waits_for_a_place_that_a_stray_has() -> None:
+    """Even for that of the attempt before."""
+    spade = Spade("dug", "at once")
+
+    async def let_go() -> None:
+        await anyio.sleep(100)
+        attempts.append(task.attempt)
+        spade.gate.set()
+
+    attempts: list[int] = []
+    async with Supervisor(threads=1) as supervisor:
+        task = supervisor.task(timeout=30, retry=AGAIN).schedule(spade)
+        supervisor.schedule(let_go)
+        await over(task)
+        await idle(supervisor)
+
+    assert (attempts, spade.calls) == ([1], 2)
+
+
+async def test_a_task_that_succeeds_in_the_end_has_succeeded_whatever_strays() -> None:
+    """It is over, but live until the thread is done; its late result changes nothing."""
+    spade = Spade("too late", "at once")
+    async with Supervisor() as supervisor:
+        retry = Retry(on=TimeoutError, wait_initial=10, wait_max=10, wait_jitter=0)
+        task = supervisor.task(timeout=30, retry=retry).schedule(spade)
+        await anyio.sleep(35)
+        await anyio.sleep(5)
+        await until(lambda: task.status is not TaskStatus.RUNNING)
+        assert (task.status, task.attempt) == (TaskStatus.SUCCEEDED, 2)
+        await let_others_run()
+        assert supervisor.running == (task,)
+        spade.gate.set()
+        await idle(supervisor)
+        assert task.result() == "at once"
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that a thread does, and let no time pass on a fake clock."""
+    with anyio.fail_after(PATIENCE):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
+
+
+async def test_a_cancellation_in_the_backoff_does_not_wait_for_a_stray() -> None:
+    """The task is cancelled at once, and live until the thread is done."""
+    spade = Spade()
+    retry = Retry(on=TimeoutError, wait_initial=3600, wait_max=3600, wait_jitter=0)
+    async with Supervisor() as supervisor:
+        task = supervisor.task(timeout=30, retry=retry).schedule(spade)
+        await anyio.sleep(100)
+        task.cancel()
+        await task.wait()
+        moment = anyio.current_time()
+        await let_others_run()
+        assert supervisor.running == (task,)
+        spade.gate.set()
+        await idle(supervisor)
+
+    assert (task.status, task.attempt, spade.calls) == (TaskStatus.CANCELLED, 1, 1)
+    assert moment == pytest.approx(100)
+
+
+async def test_a_cancellation_in_the_queue_does_not_wait_for_a_stray() -> None:
+    """Nor does one of the second attempt that has not got its place yet; it gives none away."""
+    spade = Spade()
+    limiter = anyio.CapacityLimiter(1)
+    async with Supervisor() as supervisor:
+        task = supervisor.task(timeout=30, retry=AGAIN, limiter=limiter).schedule(spade)
+        await anyio.sleep(100)
+        task.cancel()
+        await task.wait()
+        assert (task.status, limiter.borrowed_tokens) == (TaskStatus.CANCELLED, 1)
+        spade.gate.set()
+        await idle(supervisor)
+        assert (limiter.borrowed_tokens, spade.calls) == (0, 1)
+
+
+async def test_a_task_that_was_cancelled_in_its_thread_has_no_other_attempt() -> None:
+    """It is what it became, for who asked it to end: failed, when its time is up."""
+    spade = Spade()
+    async with Supervisor() as supervisor:
+        task = supervisor.task(timeout=30, retry=AGAIN).schedule(spade)
+        await task.started.wait()
+        task.cancel()
+        assert isinstance(await over(task), TaskTimeoutError)
+        spade.gate.set()
+
+    assert (task.status, task.attempt) == (TaskStatus.FAILED, 1)
+
+
+async def test_what_a_sync_function_returns_to_be_awaited_has_the_same_time() -> None:
+    """The attempt is over when that is."""
+
+    begun = anyio.Event()
+
+    async def grow() -> None:
+        begun.set()
+        await ripen()
+
+    def prepare() -> Awaitable[None]:
+        return grow()
+
+    async with Supervisor() as supervisor:
+        began = anyio.current_time()
+        task = supervisor.task(timeout=30).schedule(prepare)
+        await until(begun.is_set)
+        error = await over(task)
+        assert anyio.current_time() == pytest.approx(began + 30)
+
+    assert isinstance(error, TaskTimeoutError)
+
+
+weather: ContextVar[str] = ContextVar("weather")
+
+
+@on_real_clocks
+async def test_a_thread_with_a_timeout_knows_its_task_and_its_context() -> None:
+    """As it does without one."""
+
+    def look() -> tuple[str, Task]:
+        return weather.get(), current_task()
+
+    async with Supervisor() as supervisor:
+        token = weather.set("rain")
+        task = supervisor.task(timeout=3600).schedule(look)
+        weather.reset(token)
+        assert await task.wait() == ("rain", task)
+
+
+@on_real_clocks
+async def test_a_sync_function_that_is_quick_enough_notices_nothing() -> None:
+    """Its result and its errors are the task's."""
+    async with Supervisor(config=TaskConfig(timeout=3600)) as supervisor:
+        assert await supervisor.schedule(Spade("at once")).wait() == "at once"
+        failed = supervisor.schedule(freeze_in_thread)
+        with pytest.raises(FrostError):
+            await failed.wait()
+        await idle(supervisor)
+
+
+@on_real_clocks
+@pytest.mark.parametrize("timeout", [None, 3600])
+async def test_a_thread_that_cannot_be_started_is_a_failed_attempt(
+    timeout: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place goes to the next one."""
+    run_sync = anyio.to_thread.run_sync
+
+    async def fail_once(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(anyio.to_thread, "run_sync", run_sync)
+        raise RuntimeError("can't start new thread")
+
+    limiter = anyio.CapacityLimiter(1)
+    retry = Retry(on=RuntimeError, attempts=2, wait_initial=0, wait_jitter=0)
+    async with Supervisor() as supervisor:
+        monkeypatch.setattr(anyio.to_thread, "run_sync", fail_once)
+        config = TaskConfig(timeout=timeout, retry=retry, limiter=limiter)
+        task = supervisor.task(config).schedule(Spade("at once"))
+        assert await task.wait() == "at once"
+
+    assert (task.attempt, limiter.borrowed_tokens) == (2, 0)
+
+
+@on_asyncio
+@pytest.mark.parametrize("when", ["at once", "in the thread", "when time is up"])
+async def test_who_cancels_all_of_the_loops_tasks_loses_no_place(when: str) -> None:
+    """A server that is in a hurry does, and so does asyncio.run at its end."""
+    spade = Spade()
+    limiter = anyio.CapacityLimiter(1)
+    supervisor = Supervisor()
+    await supervisor.start()
+    before = asyncio.all_tasks()
+    timeout = 0.001 if when == "when time is up" else 3600
+    task = supervisor.task(timeout=timeout, limiter=limiter).schedule(spade)
+    if when != "at once":
+        await task.started.wait()
+        await let_others_run()
+    if when == "when time is up":
+        await over(task)
+
+    others = asyncio.all_tasks() - before
+    for other in others:
+        other.cancel()
+    await asyncio.wait(others)
+    spade.gate.set()
+
+    expected = TaskStatus.FAILED if when == "when time is up" else TaskStatus.CANCELLED
+    assert (task.status, limiter.borrowed_tokens) == (expected, 0)
+    await supervisor.drain()
+
+
+@on_asyncio
+async def test_a_result_that_comes_as_its_task_is_cancelled_is_dropped() -> None:
+    """A coroutine is closed then, too; the loop has the cancellation and the result at once."""
+    coroutines: list[Any] = []
+    gate = threading.Event()
+
+    def make() -> Awaitable[None]:
+        gate.wait()
+        coroutines.append(plant())
+        return coroutines[0]
+
+    async with Supervisor() as supervisor:
+        before = asyncio.all_tasks()
+        task = supervisor.task(timeout=3600).schedule(make)
+        await task.started.wait()
+        (thread,) = asyncio.all_tasks() - before - {task.handle}
+        thread.add_done_callback(lambda _: task.handle.cancel())
+        gate.set()
+        await task.wait()
+
+    assert task.status is TaskStatus.CANCELLED
+    assert inspect.getcoroutinestate(coroutines[0]) == inspect.CORO_CLOSED
+
+
+def test_the_end_of_asyncio_does_not_wait_for_an_abandoned_stray() -> None:
+    """The process does, since it ends after its threads."""
+    spade = Spade()
+
+    async def main() -> tuple[Task, ...]:
+        supervisor = Supervisor(shutdown_timeout=0.02)
+        await supervisor.start()
+        task = supervisor.task(timeout=0.001).schedule(spade)
+        await over(task)
+        return (await supervisor.drain()).abandoned
+
+    (task,) = asyncio.run(main())
+
+    assert task.status is TaskStatus.FAILED
+    spade.gate.set()
+
+
+@on_real_clocks
+async def test_a_task_whose_thread_strayed_is_forgotten_when_that_ends() -> None:
+    """Whatever came of its last attempt."""
+    async with Supervisor() as supervisor, nothing_collected():
+        for results in (("dug", "at once"), ("dug", FrostError()), ("dug", "dug")):
+            spade = Spade(*results)
+            task = supervisor.task(timeout=0.02, retry=AGAIN).schedule(spade)
+            await until(lambda task=task: task.attempt == 2)
+            spade.gate.set()
             await idle(supervisor)
             reference = weakref.ref(task)
             del task

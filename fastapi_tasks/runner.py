@@ -108,11 +108,12 @@ class Runner:
 
     async def call(self, task: Task) -> Any:
         """Run a task's function again, in the caller, and return what it returns."""
-        is_own = find_current_task() is task
+        caller = find_current_task()
+        is_own = caller is task
         token = enter(task)
         try:
             limiter = task.config.limiter
-            if limiter is None or _is_held(limiter):
+            if limiter is None or _is_held(limiter, caller):
                 return await self._call(task, is_own=is_own)
             async with limiter:
                 return await self._call(task, is_own=is_own)
@@ -174,6 +175,7 @@ class Runner:
                     cause = _from_users_code(cast(BaseException, error.__cause__))
             raise TaskTimeoutError(task, seconds) from cause
         finally:
+            task.has_place = False
             del task, cause  # as in run()
 
     async def _attempt_in_loop(self, task: Task, seconds: float) -> Any:
@@ -252,6 +254,7 @@ class Runner:
     def _begin(self, task: Task) -> None:
         if not begin(task):
             raise _GivenUp
+        task.has_place = True
         if self._observers.watch_routine:
             self._tell(TaskEventKind.STARTED, task)
 
@@ -395,8 +398,13 @@ class _ThreadCall:
         self.outcome = _Outcome()
 
 
-def _is_held(limiter: anyio.CapacityLimiter) -> bool:
-    """Return whether the caller has a place, and would wait for itself if it took another one."""
+def _is_held(limiter: anyio.CapacityLimiter, caller: Task | None) -> bool:
+    """Return whether the caller has a place, and would wait for itself if it took another one.
+
+    The place may be that of a task which waits for the caller, in a thread or in a task group.
+    """
+    if caller is not None and caller.has_place and caller.config.limiter is limiter:
+        return True
     borrowers = limiter.statistics().borrowers
     return anyio.get_current_task().id in map(id, borrowers)
 

@@ -40,8 +40,7 @@ from fastapi_tasks import (
 
 from . import load
 from .conftest import ASYNCIO_BACKENDS, BACKENDS, FAKE_CLOCKS, Backend
-from .recording import Observed, idle, let_others_run, ours
-from .servers import PATIENCE
+from .recording import Observed, idle, let_others_run, ours, until
 
 
 @pytest.fixture(params=FAKE_CLOCKS)
@@ -929,13 +928,6 @@ async def test_a_task_that_succeeds_in_the_end_has_succeeded_whatever_strays() -
         spade.gate.set()
         await idle(supervisor)
         assert task.result() == "at once"
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that a thread does, and let no time pass on a fake clock."""
-    with anyio.fail_after(PATIENCE):
-        while not condition():
-            await anyio.lowlevel.checkpoint()
 
 
 async def test_a_cancellation_in_the_backoff_does_not_wait_for_a_stray() -> None:

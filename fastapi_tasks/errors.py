@@ -56,7 +56,9 @@ class FastAPITasksError(Exception):
 
 
 def _copy(kind: type[FastAPITasksError], args: tuple[Any, ...]) -> FastAPITasksError:
-    return kind.__new__(kind, *args)
+    error = kind.__new__(kind, *args)
+    error.args = args  # an OSError, as a TimeoutError is, takes them in its __init__ only
+    return error
 
 
 class UninitializedReason(Enum):

@@ -21,7 +21,7 @@ import functools
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from contextvars import copy_context
 from typing import Any, TypeVar, cast
 
@@ -86,7 +86,7 @@ class Runner:
                 self._begin(task)
                 result = await task.func(*task.args, **task.kwargs)
             else:
-                result = await self._attempt_in_thread(task, self._threads)
+                result = await self._attempt_in_thread(task)
         except BaseException as error:
             try:
                 await self._end_with(task, _from_users_code(error))
@@ -108,11 +108,12 @@ class Runner:
 
     async def call(self, task: Task) -> Any:
         """Run a task's function again, in the caller, and return what it returns."""
-        is_own = find_current_task() is task
+        caller = find_current_task()
+        is_own = caller is task
         token = enter(task)
         try:
             limiter = task.config.limiter
-            if limiter is None or _is_held(limiter):
+            if limiter is None or _is_held(limiter, caller):
                 return await self._call(task, is_own=is_own)
             async with limiter:
                 return await self._call(task, is_own=is_own)
@@ -136,10 +137,9 @@ class Runner:
         failure: Exception | None = None
         try:
             if config.delay:
-                # A timer keeps the context that it was made in until its time, though cancelled.
-                enter(None)
-                await anyio.sleep(in_seconds(config.delay))
-                enter(task)
+                with suppress(TimeIsUpError):
+                    async with self._spawner.within(in_seconds(config.delay)):
+                        await anyio.Event().wait()
             if config.retries is None:
                 return await self._attempt(task)
             attempts = Attempts(task, config.retries)
@@ -167,15 +167,15 @@ class Runner:
             try:
                 if task.is_async:
                     return await self._attempt_in_loop(task, seconds)
-                limiter = task.config.limiter or self._threads
                 if seconds == math.inf:
-                    return await self._attempt_in_thread(task, limiter)
-                return await self._attempt_in_thread_within(task, limiter, seconds)
+                    return await self._attempt_in_thread(task)
+                return await self._attempt_in_thread_within(task, seconds)
             except TimeIsUpError as error:
                 if task.is_async:  # else it tells nothing of where the function is
                     cause = _from_users_code(cast(BaseException, error.__cause__))
             raise TaskTimeoutError(task, seconds) from cause
         finally:
+            task.has_place = False
             del task, cause  # as in run()
 
     async def _attempt_in_loop(self, task: Task, seconds: float) -> Any:
@@ -189,29 +189,30 @@ class Runner:
         finally:
             del task  # as in run()
 
-    async def _attempt_in_thread(self, task: Task, limiter: anyio.CapacityLimiter) -> Any:
+    async def _attempt_in_thread(self, task: Task) -> Any:
+        limiter = task.config.limiter
         try:
-            async with limiter:
-                self._begin(task)
-                result = await self._call_in_thread(task, _call_of(task))
-            return await self._awaited(task, result)
+            async with limiter or nullcontext():
+                async with self._threads if limiter is None else nullcontext():
+                    self._begin(task)
+                    result = await self._call_in_thread(task, _call_of(task))
+                return await self._awaited(task, result)
         finally:
             del task  # as in run()
 
-    async def _attempt_in_thread_within(
-        self, task: Task, limiter: anyio.CapacityLimiter, seconds: float
-    ) -> Any:
+    async def _attempt_in_thread_within(self, task: Task, seconds: float) -> Any:
         """Do the same, and leave the thread alone when its time is up.
 
         It then goes on and keeps its place, while a loop's task of its own waits for it.
         """
-        call = _ThreadCall(limiter)
+        limiter = task.config.limiter
+        call = _ThreadCall(limiter or self._threads, is_alone=limiter is None)
         try:
-            await limiter.acquire_on_behalf_of(call)
+            await call.limiter.acquire_on_behalf_of(call)
             try:
                 self._begin(task)
             except BaseException:
-                limiter.release_on_behalf_of(call)
+                call.limiter.release_on_behalf_of(call)
                 raise
             self._spawner.spawn(
                 call.run(_call_of(task), self._unlimited),
@@ -219,17 +220,17 @@ class Runner:
                 context=copy_context(),
                 over=call.end,
             )
-            async with self._spawner.within(seconds):
-                task.in_threads += 1
-                try:
-                    await call.over.wait()
-                except BaseException:
-                    call.is_stray = True
+            try:
+                async with self._spawner.within(seconds):
+                    task.in_threads += 1
+                    try:
+                        await call.over.wait()
+                    finally:
+                        task.in_threads -= 1
+                    return await self._awaited(task, _result_of(call.outcome))
+            finally:
+                if not call.leave():
                     task.strays += (call,)
-                    raise
-                finally:
-                    task.in_threads -= 1
-                return await self._awaited(task, _result_of(call.outcome))
         finally:
             del task, call  # as in run()
 
@@ -253,6 +254,7 @@ class Runner:
     def _begin(self, task: Task) -> None:
         if not begin(task):
             raise _GivenUp
+        task.has_place = True
         if self._observers.watch_routine:
             self._tell(TaskEventKind.STARTED, task)
 
@@ -348,19 +350,21 @@ class _ThreadCall:
     """A call in a thread, which may go on when its attempt is over.
 
     :param limiter: where it has its place
+    :param is_alone: whether the place is for the thread only, and not for what comes after it
     """
 
-    __slots__ = ("_limiter", "is_stray", "outcome", "over")
+    __slots__ = ("_is_alone", "_is_left", "limiter", "outcome", "over")
 
-    def __init__(self, limiter: anyio.CapacityLimiter) -> None:
-        self._limiter = limiter
+    def __init__(self, limiter: anyio.CapacityLimiter, *, is_alone: bool) -> None:
+        self._is_alone = is_alone
+        self._is_left = False
+        self.limiter = limiter
+        """Where it has its place."""
         self.over = anyio.Event()
         """Is set when the thread is done."""
         # If somebody cancels the loop's task that waits for it before it has begun.
         self.outcome = _Outcome(error=asyncio.CancelledError())
         """What has come of it."""
-        self.is_stray = False
-        """Whether nobody waits for what comes of it."""
 
     async def run(self, call: Callable[[], Any], limiter: anyio.CapacityLimiter) -> None:
         """Make the call, and keep what comes of it."""
@@ -372,16 +376,35 @@ class _ThreadCall:
             enter(None)  # as in Runner.run()
 
     def end(self, _handle: Handle) -> None:
-        """Give its place to others, since the thread is done."""
-        self._limiter.release_on_behalf_of(self)
-        if self.is_stray:
-            discard(self.outcome.result)
-            self.outcome = _Outcome()
+        """Note that the thread is done."""
         self.over.set()
+        if self._is_alone or self._is_left:
+            self.limiter.release_on_behalf_of(self)
+        if self._is_left:
+            self._drop()
+
+    def leave(self) -> bool:
+        """Note that nobody waits for it any more; return whether it is over."""
+        self._is_left = True
+        if not self.over.is_set():
+            return False
+        if not self._is_alone:
+            self.limiter.release_on_behalf_of(self)
+        self._drop()
+        return True
+
+    def _drop(self) -> None:
+        discard(self.outcome.result)
+        self.outcome = _Outcome()
 
 
-def _is_held(limiter: anyio.CapacityLimiter) -> bool:
-    """Return whether the caller has a place, and would wait for itself if it took another one."""
+def _is_held(limiter: anyio.CapacityLimiter, caller: Task | None) -> bool:
+    """Return whether the caller has a place, and would wait for itself if it took another one.
+
+    The place may be that of a task which waits for the caller, in a thread or in a task group.
+    """
+    if caller is not None and caller.has_place and caller.config.limiter is limiter:
+        return True
     borrowers = limiter.statistics().borrowers
     return anyio.get_current_task().id in map(id, borrowers)
 

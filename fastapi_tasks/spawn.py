@@ -12,9 +12,8 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from contextvars import Context
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
-
-from .tasks import enter, leave
 
 if TYPE_CHECKING:
     import trio
@@ -121,26 +120,8 @@ class AsyncioSpawner:
                 handle.cancel()
         yield
 
-    @asynccontextmanager
-    async def within(self, seconds: float) -> AsyncGenerator[None, None]:
-        cause: BaseException | None = None
-        # A timer keeps the context that it was made in until its time, though it is cancelled.
-        token = enter(None)
-        try:
-            async with asyncio.timeout(seconds):
-                leave(token)
-                del token  # it refers to the task
-                try:
-                    yield
-                except BaseException as error:
-                    cause = error
-                    raise
-        except TimeoutError:
-            if isinstance(cause, asyncio.CancelledError):
-                raise TimeIsUpError from cause
-            raise  # of its own
-        finally:
-            del cause  # its traceback refers to this frame
+    def within(self, seconds: float) -> AbstractAsyncContextManager[None]:
+        return _AsyncioLimit(seconds)
 
     def abandon(self, handle: Handle) -> None:
         # asyncio.run cancels and awaits all registered tasks at its end, and would never return.
@@ -171,6 +152,36 @@ class AsyncioSpawner:
         return None
 
 
+class _AsyncioLimit:
+    """What :meth:`AsyncioSpawner.within` returns.
+
+    A generator in its place would pass the cancellation on, and from 3.12 on the frames that this
+    leads through lead back to the error, by those that resumed them.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._timeout = asyncio.timeout(None)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+        when = asyncio.get_running_loop().time() + self._seconds
+        # A timer keeps the context that it was made in, and all that is in there, until its time,
+        # though it is cancelled.
+        Context().run(self._timeout.reschedule, when)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            await self._timeout.__aexit__(kind, error, traceback)
+        except TimeoutError:
+            raise TimeIsUpError from error
+
+
 def _ask(task: asyncio.Task[None]) -> None:
     task.exception()
 
@@ -180,6 +191,26 @@ class _TrioHandle:
 
     def __init__(self, scope: trio.CancelScope) -> None:
         self.scope = scope
+
+
+class _TrioLimit:
+    """What :meth:`TrioSpawner.within` returns; no generator, as above."""
+
+    def __init__(self, scope: trio.CancelScope) -> None:
+        self._scope = scope
+
+    async def __aenter__(self) -> None:
+        self._scope.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._scope.__exit__(kind, error, traceback)
+        if self._scope.cancelled_caught:
+            raise TimeIsUpError from error
 
 
 class TrioSpawner:
@@ -221,20 +252,8 @@ class TrioSpawner:
         with self._trio.CancelScope(shield=True) as handle.scope:
             yield
 
-    @asynccontextmanager
-    async def within(self, seconds: float) -> AsyncGenerator[None, None]:
-        cause: BaseException | None = None
-        try:
-            with self._trio.move_on_after(seconds) as scope:
-                try:
-                    yield
-                except BaseException as error:
-                    cause = error
-                    raise
-            if scope.cancelled_caught:
-                raise TimeIsUpError from cause
-        finally:
-            del cause  # as above
+    def within(self, seconds: float) -> AbstractAsyncContextManager[None]:
+        return _TrioLimit(self._trio.move_on_after(seconds))
 
     def abandon(self, handle: Handle) -> None:
         # trio.run cancels system tasks and waits for them: there is no way around it. Only the

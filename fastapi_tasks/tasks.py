@@ -130,6 +130,7 @@ class Task(Generic[P, T_co]):
         "context",
         "func",
         "handle",
+        "has_place",
         "in_threads",
         "is_async",
         "kwargs",
@@ -161,6 +162,8 @@ class Task(Generic[P, T_co]):
         """The context variables at the moment of ``schedule``, until the task is over."""
         self.is_async = is_async
         """Whether the function is awaited; if not, it runs in a thread."""
+        self.has_place = False
+        """Whether an attempt has its place in the limiter just now."""
         self.in_threads = 0
         """How many threads are busy for the task just now; nothing can cancel them."""
         self.strays: tuple[object, ...] = ()

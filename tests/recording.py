@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import anyio
 import anyio.lowlevel
@@ -52,6 +53,13 @@ async def let_others_run() -> None:
     """Give every task that can run the time for its next step."""
     for _ in range(3):
         await anyio.lowlevel.checkpoint()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that a thread does, and let no time pass on a fake clock."""
+    with anyio.fail_after(PATIENCE):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
 
 
 async def idle(supervisor: Supervisor) -> None:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
 from typing import Any, get_args
 
+import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -395,6 +396,30 @@ BAD_RETRIES: list[Any] = [
     ("timeout", timedelta(seconds=-60), "timedelta"),
 ]
 
+BAD_CONTROLS: list[Any] = [
+    ("timeout", 0, "int"),
+    ("timeout", 0.0, "float"),
+    ("timeout", -1, "int"),
+    ("timeout", timedelta(0), "timedelta"),
+    ("timeout", timedelta(seconds=-1), "timedelta"),
+    ("timeout", math.nan, "float"),
+    ("timeout", -math.inf, "float"),
+    ("timeout", True, "bool"),
+    ("timeout", "30", "str"),
+    ("delay", -1, "int"),
+    ("delay", -0.001, "float"),
+    ("delay", timedelta(microseconds=-1), "timedelta"),
+    ("delay", math.inf, "float"),
+    ("delay", math.nan, "float"),
+    ("delay", False, "bool"),
+    ("delay", "soon", "str"),
+    ("limiter", 5, "int"),
+    ("limiter", "5", "str"),
+    ("limiter", anyio.CapacityLimiter, "type"),
+    ("limiter", asyncio.Semaphore(5), "Semaphore"),
+]
+"""Wrong times and limiters."""
+
 BAD_SETTINGS: list[Any] = [
     ("config", {"shield": True}, "dict"),
     ("grace", -1, "int"),
@@ -524,13 +549,58 @@ def test_a_retry_shows_what_was_set_and_no_private_data(retry: Retry, text: str)
     assert repr(TaskConfig(retry=retry)) == f"TaskConfig(retry={text})"
 
 
-@pytest.mark.parametrize(("field", "value", "kind"), BAD_FIELDS)
+@pytest.mark.parametrize(("field", "value", "kind"), [*BAD_FIELDS, *BAD_CONTROLS])
 @pytest.mark.parametrize("make", [TaskConfig, decorated, called])
 def test_a_wrong_field_is_refused_where_it_is_written(
     make: Make, field: str, value: object, kind: str
 ) -> None:
     """At once, and not at the shutdown that it was meant for."""
     expect_refusal(lambda: make(**{field: value}), field, value, kind)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("timeout", math.inf),
+        ("timeout", 1e-9),
+        ("timeout", timedelta.max),
+        ("delay", 0),
+        ("delay", timedelta(0)),
+        ("delay", timedelta.max),
+        ("limiter", anyio.CapacityLimiter(math.inf)),
+    ],
+)
+def test_times_and_limiters_at_their_limits_are_taken(field: str, value: object) -> None:
+    """What makes sense, is no error."""
+    assert getattr(TaskConfig(**{field: value}), field) is value  # type: ignore[arg-type]
+
+
+def test_times_and_limiters_are_shown() -> None:
+    """A limiter by its size: its own repr is an address."""
+    limiter = anyio.CapacityLimiter(5)
+    config = TaskConfig(timeout=30, delay=timedelta(minutes=1), limiter=limiter)
+
+    assert repr(config) == (
+        "TaskConfig(timeout=30, delay=datetime.timedelta(seconds=60), limiter=CapacityLimiter(5))"
+    )
+    unlimited = TaskConfig(limiter=anyio.CapacityLimiter(math.inf))
+    assert repr(unlimited) == "TaskConfig(limiter=CapacityLimiter(inf))"
+
+
+@pytest.mark.parametrize(
+    ("config", "is_plain"),
+    [
+        (TaskConfig(), True),
+        (TaskConfig(delay=0, timeout=math.inf), True),
+        (TaskConfig(delay=timedelta(0)), True),
+        (TaskConfig(timeout=timedelta.max), False),
+        (TaskConfig(delay=0.1), False),
+        (TaskConfig(limiter=anyio.CapacityLimiter(math.inf)), False),
+    ],
+)
+def test_what_limits_nothing_is_free(config: TaskConfig, is_plain: bool) -> None:
+    """A task that takes back what its function sets is run as one for which nobody set it."""
+    assert TaskConfig(name="cargo").merge(config).is_plain is is_plain
 
 
 def test_a_call_in_the_place_of_a_handler_is_refused_and_cleaned_up() -> None:

@@ -4,6 +4,7 @@ which ties one to a function."""
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -196,7 +197,7 @@ class TaskConfig:
                 expected="a function that takes the task and its error, or None",
                 instead="TaskConfig(on_error=alert)  # def alert(task: Task, error: Exception)",
             )
-        if self.run_if is not None and self.run_if not in _RUN_IF:
+        if self.run_if is not None and not _is_run_if(self.run_if):
             raise InvalidSettingError(
                 "run_if",
                 self.run_if,
@@ -393,12 +394,20 @@ def _is_config(value: object) -> bool:
     return isinstance(value, TaskConfig)
 
 
+def _is_run_if(value: object) -> bool:
+    # Not everything can be asked whether it equals a string: an array can't.
+    return isinstance(value, str) and value in _RUN_IF
+
+
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= sys.maxsize
 
 
 def _is_seconds(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    # An integer may be too large for a clock, whose times are floats.
+    return 0 <= value <= sys.float_info.max or value == math.inf
 
 
 def _is_duration(value: object, *, is_positive: bool = False, is_finite: bool = False) -> bool:

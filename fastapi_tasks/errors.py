@@ -130,7 +130,12 @@ class InvalidSettingError(FastAPITasksError, ValueError):
         self.setting = setting
 
 
+_SHOWN_BITS = 64
+
+
 def _shown(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
+        return ""  # nobody reads so many digits, and Python may refuse to write them
     if isinstance(value, str | int | float | None):
         return f"={value!r}"
     if isinstance(value, FunctionType):

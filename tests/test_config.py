@@ -483,15 +483,10 @@ def test_a_retry_says_after_which_errors() -> None:
     assert "a type of Exception, a tuple of them, or a function" in error
 
 
-def ask(error: Exception) -> bool:
-    """Say whether an error is worth it."""
-    return isinstance(error, OSError)
-
-
 RETRIES = [
     Retry(OSError),
     Retry((OSError, ValueError), attempts=1, wait_initial=0, wait_max=0, wait_jitter=0),
-    Retry(ask, attempts=10**6, wait_exp_base=1, timeout=math.inf),
+    Retry(callable, attempts=10**6, wait_exp_base=1, timeout=math.inf),
     Retry(
         on=Exception,
         wait_initial=timedelta(seconds=1),
@@ -525,10 +520,7 @@ def test_what_is_not_given_to_a_retry_has_the_documented_values() -> None:
 class Code:
     """A function with something that nobody is to see."""
 
-    def __call__(self, error: Exception) -> bool:
-        """Decide."""
-        return False
-
+    __call__ = staticmethod(callable)
     __repr__ = None  # type: ignore[assignment]
 
 
@@ -538,8 +530,8 @@ class Code:
         (Retry(OSError), "Retry(on=OSError)"),
         (Retry(OSError, attempts=3), "Retry(on=OSError)"),
         (Retry((OSError, KeyError), attempts=5), "Retry(on=(OSError, KeyError), attempts=5)"),
-        (Retry(ask, timeout=60), "Retry(on=ask, timeout=60)"),
-        (Retry(functools.partial(ask, Code())), "Retry(on=ask)"),
+        (Retry(callable, timeout=60), "Retry(on=callable, timeout=60)"),
+        (Retry(functools.partial(hasattr, Code())), "Retry(on=hasattr)"),
         (Retry(Code()), "Retry(on=Code)"),
     ],
 )

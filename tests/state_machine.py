@@ -207,7 +207,8 @@ class Probe:
         self.id = ""
         self.events = ""
         self.levels: list[int] = []
-        self.place = "waiting"  # for its moment; then "live", "dropped", or one of both: "either"
+        # For its moment; then "live", "dropped", one of both ("either"), or "cancelled" before it.
+        self.place = "waiting"
         self.life = 0  # of which of the supervisor's lives it is a part
         self.order = -1
         self.due = math.inf  # when the next attempt may begin
@@ -635,8 +636,13 @@ class World:
         await self.be_quiet()
         gc.collect()
         for probe in self.probes:
-            is_kept = not probe.is_over or probe.in_handler or probe.waiters or probe.inside
-            self.claim((probe.ref() is not None) is bool(is_kept), probe, "it is kept, or not")
+            is_live = not probe.is_over or probe.in_handler or probe.waiters or probe.inside
+            is_kept = probe.ref() is not None
+            # A drain keeps those that it will report, and a request those that wait for it.
+            is_reported = self.phase == "draining" and probe in self._reported()
+            may_be_kept = is_live or is_reported or probe.place == "waiting"
+            self.claim(is_kept or not is_live, probe, "it is live, and nobody keeps it")
+            self.claim(may_be_kept or not is_kept, probe, "it is over, and somebody keeps it")
         await self.be_quiet()
 
     async def end(self) -> None:
@@ -697,7 +703,8 @@ class World:
 
     def _put(self, probe: Probe, place: str) -> None:
         if probe.is_over:
-            return  # cancelled before its moment
+            probe.place = "cancelled"  # before its moment
+            return
         probe.place = place
         probe.life = self.lives
         self.order += 1
@@ -861,8 +868,12 @@ class World:
 
     def _check_counted(self, probes: Sequence[Probe], what: str) -> None:
         lost = self.counted.difference(probes)
-        alien = set(probes) - self.counted - self.may_be_counted
+        alien = set(probes) - self._reported()
         self.claim(not lost and not alien, None, f"not {what}: {lost}; {what}, but not: {alien}")
+
+    def _reported(self) -> set[Probe]:
+        """Return whom the report of this drain may name."""
+        return self.counted | self.may_be_counted
 
     def _group_of(self, probe: Probe) -> str:
         if probe.abandoned:
@@ -1132,4 +1143,11 @@ class Machine(RuleBasedStateMachine):
     @rule(turns=turns)
     def drain_or_start(self, turns: int) -> None:
         """Begin to drain the supervisor; once that has been done, start it again."""
+        self._do(self._world.drain_or_start, turns)
+
+    @rule(on_cancel=st.sampled_from(["obeys", "ignores"]), turns=turns)
+    def drain_for_long(self, on_cancel: str, turns: int) -> None:
+        """Begin to drain it, with a task that gives all others the time to come to their ends."""
+        work = Work(waits="gate", on_cancel=on_cancel, shield=True)
+        self._do(self._world.schedule, "now", 0, work, turns, False)
         self._do(self._world.drain_or_start, turns)

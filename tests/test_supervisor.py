@@ -470,6 +470,21 @@ async def test_a_batch_can_be_released_in_any_thread(observed: Observed) -> None
         assert observed.kinds(dropped) == ["scheduled", "dropped"]
 
 
+async def test_a_release_says_whether_it_started_a_task() -> None:
+    """Whoever releases a batch gives the event loop a turn then, and not in vain."""
+    async with Supervisor() as supervisor:
+        batch = TasksScheduler(supervisor).after_response
+        batch.schedule(fetch)
+        batch.task(run_if="always").schedule(fetch)
+        batch.schedule(fetch)
+        assert batch.release(failed=True)
+        assert not batch.release(failed=True)
+
+        batch = TasksScheduler(supervisor).after_response
+        batch.schedule(fetch)
+        assert not batch.release(failed=True)
+
+
 @pytest.mark.parametrize("failed", [False, True])
 @pytest.mark.parametrize(
     "anyio_backend",

@@ -450,6 +450,21 @@ async def test_what_a_mounted_app_asks_for_in_vain_is_said_once(
     assert "outer" in warnings[0].getMessage()
 
 
+async def test_a_mounted_app_that_asks_for_nothing_in_vain_is_not_warned(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its configuration counts, and of the other arguments it has given none."""
+    outer, inner = FastAPI(), FastAPI()
+    add_tasks(outer, grace=10)
+    add_tasks(inner, config=TaskConfig(name="inner"))
+    a_route(inner)
+    outer.mount("/inner", inner)
+    async with asgi.lifespan(outer):
+        await asgi.request(outer, "/inner/parcels")
+
+    assert [r for r in caplog.records if r.levelname == "WARNING"] == []
+
+
 async def test_a_mounted_app_without_an_outer_supervisor_has_none() -> None:
     """The error says why: of a mounted app, nobody runs the lifespan."""
     outer, inner = FastAPI(), FastAPI()

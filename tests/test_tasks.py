@@ -133,6 +133,14 @@ async def test_no_two_tasks_share_an_id() -> None:
     assert len(set(ids)) == 8
 
 
+def test_the_tasks_of_a_supervisor_are_numbered() -> None:
+    """From one on, so that a log tells how many there were."""
+    supervisor = Supervisor()
+    ids = [supervisor.schedule(bake, "rye").id for _ in range(3)]
+
+    assert [id.split("-")[1] for id in ids] == ["1", "2", "3"]
+
+
 class Toaster:
     """Something that is called like a function, in both ways."""
 

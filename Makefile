@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lanes servers lint format docs interleavings constraints clean
+.PHONY: help demo test lanes servers lint format docs interleavings mutants constraints clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ docs: .venv/dev.stamp ## Build the documentation into docs/_build/html
 
 interleavings: .venv/dev.stamp ## Try for a minute in which orders things can happen
 	@scripts/interleavings
+
+mutants: .venv/dev.stamp .venv/mutants.stamp ## Change the code a little, and see which tests notice
+	@$(BIN)/python scripts/mutants
 
 constraints: ## Pin the newest versions of all development packages anew
 	@scripts/constraints $(PYTHON)

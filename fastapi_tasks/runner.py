@@ -96,7 +96,7 @@ class Runner:
                 # By its error the task leads to the function's frames, and those must not lead
                 # back: neither by this frame, the next one outwards on 3.12 and newer, nor by
                 # this context, which trio's threads refer to.
-                if not isinstance(error, GeneratorExit):  # or another task's, if it is collected
+                if find_current_task() is task:  # it is another's, if this is collected in one
                     enter(None)
                 del task
         else:

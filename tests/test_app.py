@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fastapi_tasks import (
     AddTasksError,
     FastAPITasksUninitializedAppError,
+    Supervisor,
     SupervisorStateError,
     TaskConfig,
     TaskEvent,
@@ -97,6 +98,15 @@ async def test_routes_declared_on_the_app_from_then_on_are_exact() -> None:
     add_tasks(app)
     assert before is APIRoute
     assert app.router.route_class is TasksRoute
+
+
+def test_what_is_not_said_is_as_documented() -> None:
+    """By ``add_tasks`` and by a supervisor that is made by hand."""
+    app = FastAPI()
+    add_tasks(app)
+    for settings in (get_supervisor(app).settings, Supervisor().settings):
+        assert (settings.config, settings.observers) == (TaskConfig(), ())
+        assert (settings.grace, settings.shutdown_timeout, settings.threads) == (0, None, 40)
 
 
 def test_a_second_call_with_the_same_arguments_does_nothing() -> None:
@@ -448,6 +458,21 @@ async def test_what_a_mounted_app_asks_for_in_vain_is_said_once(
     warnings = [r for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1
     assert "outer" in warnings[0].getMessage()
+
+
+async def test_a_mounted_app_that_asks_for_nothing_in_vain_is_not_warned(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its configuration counts, and of the other arguments it has given none."""
+    outer, inner = FastAPI(), FastAPI()
+    add_tasks(outer, grace=10)
+    add_tasks(inner, config=TaskConfig(name="inner"))
+    a_route(inner)
+    outer.mount("/inner", inner)
+    async with asgi.lifespan(outer):
+        await asgi.request(outer, "/inner/parcels")
+
+    assert [r for r in caplog.records if r.levelname == "WARNING"] == []
 
 
 async def test_a_mounted_app_without_an_outer_supervisor_has_none() -> None:

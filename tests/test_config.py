@@ -71,6 +71,24 @@ def test_a_configuration_cannot_be_changed() -> None:
         config.nmae = "ballast"  # type: ignore[attr-defined]
 
 
+def test_a_supervisors_settings_cannot_be_changed() -> None:
+    """They say what it was made with; what it does is settled by then."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Supervisor().settings.grace = 5  # type: ignore[misc]
+
+
+def test_a_configuration_shows_what_it_sets_and_functions_by_their_names() -> None:
+    """What a handler's own repr tells may be private."""
+    config = TaskConfig(name="cargo", shield=False, on_error=functools.partial(ring_bell))
+
+    assert repr(config) == "TaskConfig(name='cargo', shield=False, on_error=ring_bell)"
+
+
+def test_settings_do_not_show_observers() -> None:
+    """What an observer's own repr tells may be private, too."""
+    assert "print" not in repr(Supervisor(observers=[print]).settings)
+
+
 def test_equal_configurations_are_equal() -> None:
     """They are data: they can be compared, and be members of sets."""
     assert TaskConfig(name="cargo", shield=True) == TaskConfig(shield=True, name="cargo")
@@ -263,6 +281,7 @@ class Crane:
     ("function", "name"),
     [
         (functools.partial(functools.partial(sail)), "function"),
+        (task(name="own")(functools.partial(sail)), "own"),
         (Crane().lift, "lift"),
         (functools.partial(Crane().lift), "lift"),
         (Crane(), "call"),

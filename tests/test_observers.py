@@ -140,7 +140,7 @@ async def test_a_dropped_task_says_why(observed: Observed) -> None:
     dropped = [event for event in observed.events if event.kind is TaskEventKind.DROPPED]
     assert [event.task for event in dropped] == [too_early, failed]
     assert "not running" in dropped[0].reason
-    assert "the request failed" in dropped[1].reason
+    assert dropped[1].reason == 'the request failed, and the task has run_if="success"'
     assert observed.kinds(failed) == ["scheduled", "dropped"]
 
 

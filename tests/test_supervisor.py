@@ -366,13 +366,14 @@ def test_who_waits_in_a_loop_that_is_closed_is_lost_with_it(observed: Observed) 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_closed_loop_is_noticed_in_other_threads(backend: Backend) -> None:
-    """Scheduling there drops the task, and does not raise what the loop raises."""
-    supervisor = Supervisor()
+def test_a_closed_loop_is_noticed_in_other_threads(backend: Backend, observed: Observed) -> None:
+    """Scheduling there drops the task, says why, and does not raise what the loop raises."""
+    supervisor = Supervisor(observers=[observed])
     run_on(backend, supervisor.start)
     task = in_plain_thread(lambda: supervisor.schedule(fetch))
 
     assert task.status is TaskStatus.CANCELLED
+    assert "the event loop was closed" in observed.events[-1].reason
 
 
 async def test_two_supervisors_are_apart() -> None:
@@ -468,6 +469,37 @@ async def test_a_batch_can_be_released_in_any_thread(observed: Observed) -> None
 
         assert (started.status, dropped.status) == (TaskStatus.SUCCEEDED, TaskStatus.CANCELLED)
         assert observed.kinds(dropped) == ["scheduled", "dropped"]
+
+
+@pytest.mark.parametrize(
+    "anyio_backend",
+    [*BACKENDS, pytest.param(("asyncio", {"debug": True, "use_uvloop": True}), id="uvloop-debug")],
+)
+async def test_a_thread_that_cancels_before_the_start_wakes_up_who_waits() -> None:
+    """In the loop in which they wait, whether or not it will ever be the supervisor's."""
+    task = TasksScheduler(Supervisor()).after_response.schedule(fetch)
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+            group.start_soon(task.wait)
+            await anyio.wait_all_tasks_blocked()
+            assert await anyio.to_thread.run_sync(in_plain_thread, task.cancel)
+
+    assert task.status is TaskStatus.CANCELLED
+
+
+async def test_a_release_says_whether_it_started_a_task() -> None:
+    """Whoever releases a batch gives the event loop a turn then, and not in vain."""
+    async with Supervisor() as supervisor:
+        batch = TasksScheduler(supervisor).after_response
+        batch.schedule(fetch)
+        batch.task(run_if="always").schedule(fetch)
+        batch.schedule(fetch)
+        assert batch.release(failed=True)
+        assert not batch.release(failed=True)
+
+        batch = TasksScheduler(supervisor).after_response
+        batch.schedule(fetch)
+        assert not batch.release(failed=True)
 
 
 @pytest.mark.parametrize("failed", [False, True])

@@ -133,6 +133,24 @@ async def test_no_two_tasks_share_an_id() -> None:
     assert len(set(ids)) == 8
 
 
+async def test_ids_are_drawn_anew_at_each_start() -> None:
+    """A server may fork its workers after the app was made, and they write to one log."""
+    supervisor = Supervisor()
+    made = supervisor.schedule(bake, "rye").id
+    async with supervisor:
+        started = supervisor.schedule(bake, "rye").id
+
+    assert made.split("-")[0] != started.split("-")[0]
+
+
+def test_the_tasks_of_a_supervisor_are_numbered() -> None:
+    """From one on, so that a log tells how many there were."""
+    supervisor = Supervisor()
+    ids = [supervisor.schedule(bake, "rye").id for _ in range(3)]
+
+    assert [id.split("-")[1] for id in ids] == ["1", "2", "3"]
+
+
 class Toaster:
     """Something that is called like a function, in both ways."""
 

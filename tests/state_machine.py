@@ -183,7 +183,7 @@ def _draw_works(*, on_batch: bool) -> st.SearchStrategy[Work]:
         shield=pick(None, True),
         attempts=pick(0, 0, 1, 2, 3),
         retry_on=st.sampled_from(sorted(RETRY_ON)),
-        timeout=pick(None, None, 1.3, timedelta(seconds=2.6), math.inf),
+        timeout=pick(None, 1.3, 1.3, timedelta(seconds=2.6), math.inf),
         delay=pick(None, None, 0, 0.7, timedelta(seconds=1.9)),
         limiter=pick(None, None, *range(len(PLACES))),
         on_error=pick("", "", "ends", "waits", "fails"),
@@ -1130,9 +1130,10 @@ class Machine(RuleBasedStateMachine):
         """Let time pass."""
         self._do(self._world.advance, seconds)
 
-    @rule()
-    def be_quiet(self) -> None:
-        """Wait until nothing can happen any more."""
+    @rule(seconds=st.sampled_from([0.0, 0.9, 1.7, 2.8]))
+    def be_quiet(self, seconds: float) -> None:
+        """Let time pass, and then all happen that can."""
+        self._do(self._world.advance, seconds)
         self._do(self._world.be_quiet)
 
     @rule()

@@ -19,7 +19,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -305,7 +305,8 @@ class Probe:
         swallowed = False
         while not gate.is_set():
             try:
-                with anyio.CancelScope(shield=swallowed):
+                # A scope would keep its task, and not every task has one.
+                with anyio.CancelScope(shield=True) if swallowed else nullcontext():
                     await gate.wait()
             except anyio.get_cancelled_exc_class():
                 if self.work.on_cancel == "cleans up":

@@ -1015,7 +1015,8 @@ async def flaky(): raise ValueError
 
 async def main():
     async with Supervisor() as supervisor:
-        for function, fields in ((int, {}), (flaky, {"retry": Retry(ValueError, attempts=1)})):
+        once = {"retry": Retry(ValueError, attempts=1), "timeout": 9}
+        for function, fields in ((int, {}), (flaky, once)):
             task = supervisor.task(**fields).schedule(function)
             while supervisor.running: await anyio.sleep(0)
             print(task.status, "stamina" in sys.modules)

@@ -367,8 +367,7 @@ async def test_the_timer_of_a_task_that_is_over_keeps_nothing_alive(cancelled: b
                     task.cancel()
                 del task
                 await idle(supervisor)
-                await let_others_run()
-                assert [reference() for reference in references] == [None, None]
+                await until(lambda: [reference() for reference in references] == [None, None])
         finally:
             gc.enable()
             group.cancel_scope.cancel()

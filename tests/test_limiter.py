@@ -94,6 +94,11 @@ async def stay() -> None:
     await anyio.Event().wait()
 
 
+def returned(function: Callable[[], Awaitable[None]]) -> Awaitable[None]:
+    """Be a sync function that returns what is to be awaited."""
+    return function()
+
+
 # How many
 
 
@@ -147,32 +152,28 @@ async def test_all_functions_that_name_a_limiter_share_it() -> None:
     assert (lock.most, len(lock.order), limiter.borrowed_tokens) == (2, 30, 0)
 
 
-@pytest.mark.parametrize("timeout", [None, 3600])
+@pytest.mark.parametrize("limit", [None, 3600])
 async def test_what_a_sync_function_returns_to_be_awaited_is_within_its_place(
-    timeout: float | None,
+    limit: float | None,
 ) -> None:
     """A partial, or a lambda, that calls an async function is no way around the limit."""
     lock, limiter = Lock(), anyio.CapacityLimiter(2)
-
-    def call() -> Awaitable[None]:
-        return lock.pass_through()
-
-    config = TaskConfig(limiter=limiter, shield=True, timeout=timeout)
+    config = TaskConfig(limiter=limiter, shield=True, timeout=limit)
     async with Supervisor(config=config) as supervisor:
         for _ in range(10):
-            supervisor.schedule(call)
+            supervisor.schedule(returned, lock.pass_through)
 
     assert lock.most <= 2
     assert (len(lock.order), limiter.borrowed_tokens) == (10, 0)
 
 
-@pytest.mark.parametrize("timeout", [None, 3600])
+@pytest.mark.parametrize("limit", [None, 3600])
 async def test_what_a_sync_function_returns_to_be_awaited_holds_no_thread(
-    timeout: float | None,
+    limit: float | None,
 ) -> None:
     """Without a limiter of its own, the place is that of a thread, which is free by then."""
     async with Supervisor(threads=1) as supervisor:
-        task = supervisor.task(timeout=timeout).schedule(lambda: stay())
+        task = supervisor.task(timeout=limit).schedule(returned, stay)
         await until(lambda: task.in_threads == 0 and task.attempt == 1)
         await supervisor.schedule(nothing).wait()
         task.cancel()
@@ -183,8 +184,8 @@ async def test_a_limiter_takes_the_place_of_the_limit_of_threads() -> None:
     lock, limiter = Lock(), anyio.CapacityLimiter(3)
     config = TaskConfig(shield=True)
     async with Supervisor(threads=1, config=config) as supervisor:
-        for timeout in (None, 3600, None):
-            supervisor.task(limiter=limiter, timeout=timeout).schedule(lock.pass_through_in_thread)
+        for limit in (None, 3600, None):
+            supervisor.task(limiter=limiter, timeout=limit).schedule(lock.pass_through_in_thread)
         await until(lambda: lock.inside == 3)
         await supervisor.schedule(nothing).wait()  # the one thread of the others is free
         lock.gate.set()
@@ -234,11 +235,11 @@ def import_time_limiter(places: int) -> anyio.CapacityLimiter:
     return made[0]
 
 
-@pytest.mark.parametrize("timeout", [None, 3600])
-async def test_a_limiter_may_be_made_before_there_is_an_event_loop(timeout: float | None) -> None:
+@pytest.mark.parametrize("limit", [None, 3600])
+async def test_a_limiter_may_be_made_before_there_is_an_event_loop(limit: float | None) -> None:
     """A decorator has to name it at import."""
     lock, limiter = Lock(), import_time_limiter(2)
-    config = TaskConfig(limiter=limiter, shield=True, timeout=timeout)
+    config = TaskConfig(limiter=limiter, shield=True, timeout=limit)
     assert repr(config.merge(TaskConfig(timeout=1))) == (
         "TaskConfig(shield=True, timeout=1, limiter=CapacityLimiter(2))"
     )
@@ -292,9 +293,9 @@ async def test_a_task_that_waits_for_a_place_is_pending(observed: Observed) -> N
     assert waiting[1].status is TaskStatus.SUCCEEDED
 
 
-@pytest.mark.parametrize("timeout", [None, 3600])
+@pytest.mark.parametrize("limit", [None, 3600])
 @pytest.mark.parametrize("kind", ["async", "sync", "mixed"])
-async def test_who_has_waited_longest_is_next(timeout: float | None, kind: str) -> None:
+async def test_who_has_waited_longest_is_next(limit: float | None, kind: str) -> None:
     """On trio this is said of tasks that came in different turns of the event loop only."""
     limiter, order = anyio.CapacityLimiter(1), list[int]()
 
@@ -306,25 +307,24 @@ async def test_who_has_waited_longest_is_next(timeout: float | None, kind: str) 
         "sync": [order.append],
         "mixed": [note, order.append],
     }
-    config = TaskConfig(limiter=limiter, timeout=timeout, shield=True)
-    async with Supervisor(config=config) as supervisor:
-        async with limiter:
-            for number in range(6):
-                kinds = functions[kind]
-                supervisor.schedule(kinds[number % len(kinds)], number)
-                await let_others_run()
+    config = TaskConfig(limiter=limiter, timeout=limit, shield=True)
+    async with Supervisor(config=config) as supervisor, limiter:
+        for number in range(6):
+            kinds = functions[kind]
+            supervisor.schedule(kinds[number % len(kinds)], number)
+            await let_others_run()
 
     assert order == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("timeout", [None, 3600])
+@pytest.mark.parametrize("limit", [None, 3600])
 @pytest.mark.parametrize("function", [stay, nothing])
 async def test_a_task_that_is_cancelled_while_it_waits_takes_no_place(
-    function: Callable[[], Any], timeout: float | None
+    function: Callable[[], Any], limit: float | None
 ) -> None:
     """Those behind it move up."""
     limiter = anyio.CapacityLimiter(1)
-    config = TaskConfig(limiter=limiter, timeout=timeout)
+    config = TaskConfig(limiter=limiter, timeout=limit)
     async with Supervisor(config=config) as supervisor:
         async with limiter:
             first = supervisor.schedule(function)
@@ -340,14 +340,14 @@ async def test_a_task_that_is_cancelled_while_it_waits_takes_no_place(
 
 
 @pytest.mark.parametrize("steps", range(12))
-@pytest.mark.parametrize("timeout", [None, 3600])
+@pytest.mark.parametrize("limit", [None, 3600])
 @pytest.mark.parametrize("function", [stay, nothing])
 async def test_whenever_a_task_is_cancelled_no_place_is_lost(
-    function: Callable[[], Any], timeout: float | None, steps: int
+    function: Callable[[], Any], limit: float | None, steps: int
 ) -> None:
     """Before it has one, as it gets one, and while it has one."""
     limiter = anyio.CapacityLimiter(1)
-    config = TaskConfig(limiter=limiter, timeout=timeout)
+    config = TaskConfig(limiter=limiter, timeout=limit)
     async with Supervisor(config=config) as supervisor:
         await limiter.acquire_on_behalf_of("somebody else")
         task = supervisor.schedule(function)
@@ -366,14 +366,14 @@ async def test_whenever_a_task_is_cancelled_no_place_is_lost(
 
 
 @pytest.mark.parametrize("steps", range(6))
-@pytest.mark.parametrize("timeout", [None, 3600])
+@pytest.mark.parametrize("limit", [None, 3600])
 @pytest.mark.parametrize("function", [stay, nothing])
 async def test_whenever_a_task_is_cancelled_a_free_place_stays_free(
-    function: Callable[[], Any], timeout: float | None, steps: int
+    function: Callable[[], Any], limit: float | None, steps: int
 ) -> None:
     """The same for a place for which nobody has to wait."""
     limiter = anyio.CapacityLimiter(1)
-    config = TaskConfig(limiter=limiter, timeout=timeout)
+    config = TaskConfig(limiter=limiter, timeout=limit)
     async with Supervisor(config=config) as supervisor:
         task = supervisor.schedule(function)
         for _ in range(steps):
@@ -417,10 +417,10 @@ def fail_in_thread() -> None:
     raise LockError
 
 
-@pytest.mark.parametrize("timeout", [None, 3600])
+@pytest.mark.parametrize("limit", [None, 3600])
 @pytest.mark.parametrize("function", [anyio.lowlevel.checkpoint, nothing, fail, fail_in_thread])
 async def test_a_place_is_free_when_the_attempt_is_over(
-    function: Callable[[], Any], timeout: float | None
+    function: Callable[[], Any], limit: float | None
 ) -> None:
     """However it ended, and before the error handler runs."""
     limiter = anyio.CapacityLimiter(1)
@@ -431,7 +431,7 @@ async def test_a_place_is_free_when_the_attempt_is_over(
             taken.append(limiter.borrowed_tokens)
 
     async with Supervisor(observers=[note]) as supervisor:
-        task = supervisor.task(limiter=limiter, timeout=timeout).schedule(function)
+        task = supervisor.task(limiter=limiter, timeout=limit).schedule(function)
         with suppress(LockError):
             await task.wait()
 
@@ -446,8 +446,8 @@ async def test_a_place_is_free_between_the_attempts(function: Callable[[], Any])
     retry = Retry(on=Exception, attempts=2, wait_initial=3600, wait_max=3600, wait_jitter=0)
     async with Supervisor() as supervisor:
         limited = supervisor.task(limiter=limiter)
-        timeout = 5 if function is stay else None
-        task = limited.task(retry=retry, timeout=timeout).schedule(function)
+        limit = 5 if function is stay else None
+        task = limited.task(retry=retry, timeout=limit).schedule(function)
         if function is fail_in_thread:
             await until(lambda: task.attempt == 1 and limiter.borrowed_tokens == 0)
         await anyio.sleep(100)
@@ -459,11 +459,11 @@ async def test_a_place_is_free_between_the_attempts(function: Callable[[], Any])
 # Calls of tasks
 
 
-@pytest.mark.parametrize("timeout", [None, 3600])
-async def test_a_call_of_a_task_waits_for_a_place(timeout: float | None) -> None:
+@pytest.mark.parametrize("limit", [None, 3600])
+async def test_a_call_of_a_task_waits_for_a_place(limit: float | None) -> None:
     """It asks the same service."""
     lock, limiter = Lock(), anyio.CapacityLimiter(2)
-    config = TaskConfig(limiter=limiter, shield=True, timeout=timeout)
+    config = TaskConfig(limiter=limiter, shield=True, timeout=limit)
     async with Supervisor(config=config) as supervisor:
         task = supervisor.schedule(lock.pass_through)
         async with anyio.create_task_group() as group:
@@ -508,14 +508,14 @@ def in_a_thread(function: Callable[[], Awaitable[None]]) -> Callable[[], None]:
     return functools.partial(anyio.from_thread.run, function)
 
 
-@pytest.mark.parametrize("timeout", [None, 3600])
+@pytest.mark.parametrize("limit", [None, 3600])
 @pytest.mark.parametrize("place", [in_the_same, in_a_child, in_a_thread])
 async def test_who_has_a_place_can_call_a_task_that_needs_one(
-    place: Callable[[Callable[[], Awaitable[None]]], Callable[[], Any]], timeout: float | None
+    place: Callable[[Callable[[], Awaitable[None]]], Callable[[], Any]], limit: float | None
 ) -> None:
     """It would wait for itself, and is not let wait; nor is it told that it has a place."""
     lock, limiter = Lock(), anyio.CapacityLimiter(1)
-    config = TaskConfig(limiter=limiter, timeout=timeout)
+    config = TaskConfig(limiter=limiter, timeout=limit)
     async with Supervisor(config=config) as supervisor:
         other = supervisor.schedule(lock.pass_through)
         await other.wait()
@@ -543,9 +543,9 @@ async def test_a_task_that_calls_itself_does_not_wait_for_itself() -> None:
 
 
 @pytest.mark.parametrize("function", [fail, fail_in_thread])
-@pytest.mark.parametrize("timeout", [None, 3600])
+@pytest.mark.parametrize("limit", [None, 3600])
 async def test_an_error_handler_that_calls_its_task_waits_for_a_place(
-    function: Callable[[], Any], timeout: float | None
+    function: Callable[[], Any], limit: float | None
 ) -> None:
     """The attempt that failed has given its own away."""
     limiter, taken = anyio.CapacityLimiter(1), list[int]()
@@ -566,7 +566,7 @@ async def test_an_error_handler_that_calls_its_task_waits_for_a_place(
             limiter.acquire_on_behalf_of_nowait("somebody else")
 
     async with Supervisor(observers=[take], config=TaskConfig(shield=True)) as supervisor:
-        config = TaskConfig(limiter=limiter, timeout=timeout, on_error=retry)
+        config = TaskConfig(limiter=limiter, timeout=limit, on_error=retry)
         supervisor.task(config).schedule(function)
 
     assert (taken, limiter.borrowed_tokens) == ([1], 0)

@@ -4,12 +4,17 @@ that no test has to sleep."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import selectors
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import trio.testing
+
+Backend = tuple[str, dict[str, Any]]
+"""The event loop of a test, as AnyIO's plugin takes it."""
 
 EAGER_TASKS: Any = getattr(asyncio, "eager_task_factory", None)
 """asyncio's way to take a task's first step at once, where this Python has it."""
@@ -58,3 +63,31 @@ class _JumpingSelector(selectors.SelectSelector):
 def fake_trio_clock() -> trio.testing.MockClock:
     """Return a trio clock that jumps to its next deadline instead of waiting for it."""
     return trio.testing.MockClock(autojump_threshold=0)
+
+
+eager_loop = functools.partial(asyncio_loop, task_factory=EAGER_TASKS)
+eager_fake_clock_loop = functools.partial(eager_loop, FakeClockLoop)
+
+
+def if_eager(*params: Any) -> tuple[Any, ...]:
+    """Return the parameters that need eager tasks, if this Python has any."""
+    return params if EAGER_TASKS else ()
+
+
+FAKE_CLOCKS: list[Any] = [
+    pytest.param(lambda: ("asyncio", {"loop_factory": FakeClockLoop}), id="asyncio-fake-clock"),
+    *if_eager(
+        pytest.param(
+            lambda: ("asyncio", {"loop_factory": eager_fake_clock_loop}),
+            id="asyncio-eager-fake-clock",
+        )
+    ),
+    pytest.param(lambda: ("trio", {"clock": fake_trio_clock()}), id="trio-fake-clock"),
+]
+
+
+@pytest.fixture(name="anyio_backend", params=FAKE_CLOCKS)
+def on_fake_clocks(request: pytest.FixtureRequest) -> Backend:
+    """The event loop in a module that imports this: one on which an hour takes no time."""
+    backend: Backend = request.param()
+    return backend

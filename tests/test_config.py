@@ -18,8 +18,6 @@ from typing import Any, get_args
 
 import anyio
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fastapi_tasks import (
     InvalidSettingError,
@@ -48,15 +46,6 @@ def load() -> None:
 
 
 FIELDS = [field.name for field in dataclasses.fields(TaskConfig) if field.init]
-
-configs = st.builds(
-    TaskConfig,
-    name=st.none() | st.text(min_size=1, max_size=3),
-    shield=st.none() | st.booleans(),
-    on_error=st.sampled_from([None, ring_bell, hoist_flag]),
-    run_if=st.none() | st.sampled_from(get_args(RunIf)),
-    retry=st.sampled_from([None, Retry(OSError), Retry(OSError, attempts=1), Retry(ValueError)]),
-)
 
 
 # One configuration
@@ -107,41 +96,6 @@ def test_shielding_is_asked_for(shield: bool | None, shielded: bool) -> None:
 
 
 # One over another
-
-
-@given(outer=configs, inner=configs)
-def test_each_field_is_the_inner_one_if_that_is_set(outer: TaskConfig, inner: TaskConfig) -> None:
-    """The nearer to the call, the stronger; what it leaves open comes from outside."""
-    merged = outer.merge(inner)
-    for field in FIELDS:
-        own = getattr(inner, field)
-        assert getattr(merged, field) == (getattr(outer, field) if own is None else own)
-
-
-@given(a=configs, b=configs, c=configs)
-def test_merging_may_be_grouped_in_any_way(a: TaskConfig, b: TaskConfig, c: TaskConfig) -> None:
-    """So it does not matter who merges first: the app, the function or the call."""
-    assert a.merge(b).merge(c) == a.merge(b.merge(c))
-
-
-@given(config=configs)
-def test_an_empty_configuration_changes_nothing(config: TaskConfig) -> None:
-    """Neither as the outer nor as the inner one."""
-    assert TaskConfig().merge(config) == config.merge(TaskConfig()) == config
-
-
-@given(config=configs)
-def test_the_same_configuration_twice_is_once(config: TaskConfig) -> None:
-    """A function's policy that is given in the call again stays what it was."""
-    assert config.merge(config) == config
-
-
-@given(outer=configs, inner=configs)
-def test_merging_leaves_both_as_they_were(outer: TaskConfig, inner: TaskConfig) -> None:
-    """The result is a third one."""
-    copies = dataclasses.replace(outer), dataclasses.replace(inner)
-    outer.merge(inner)
-    assert (outer, inner) == copies
 
 
 def test_a_call_can_take_back_what_the_app_shields() -> None:

@@ -29,18 +29,9 @@ from fastapi_tasks import (
 )
 
 from . import asgi, load
-from .conftest import BACKENDS, FAKE_CLOCKS, Backend
+from .clocks import on_fake_clocks  # noqa: F401 - it is this module's anyio_backend
+from .conftest import on_real_clocks
 from .recording import Observed, idle, let_others_run, until
-
-
-@pytest.fixture(params=FAKE_CLOCKS)
-def anyio_backend(request: pytest.FixtureRequest) -> Backend:
-    """Event loops on which an hour takes no time."""
-    backend: Backend = request.param()
-    return backend
-
-
-on_real_clocks = pytest.mark.parametrize("anyio_backend", BACKENDS)
 
 
 class TideError(Exception):

@@ -32,21 +32,16 @@ from fastapi_tasks import (
     get_supervisor,
 )
 
-from .clocks import FakeClockLoop
-from .conftest import ASYNCIO_BACKENDS, BACKENDS, FAKE_CLOCKS, Backend
+from .clocks import (
+    FAKE_CLOCKS,
+    Backend,
+    FakeClockLoop,
+    on_fake_clocks,  # noqa: F401 - it is this module's anyio_backend
+)
+from .conftest import ASYNCIO_BACKENDS, on_real_clocks
 from .recording import Observed, let_others_run
 
 SHIELD = TaskConfig(shield=True)
-
-
-@pytest.fixture(params=FAKE_CLOCKS)
-def anyio_backend(request: pytest.FixtureRequest) -> Backend:
-    """Event loops on which an hour takes no time."""
-    backend: Backend = request.param()
-    return backend
-
-
-on_real_clocks = pytest.mark.parametrize("anyio_backend", BACKENDS)
 
 
 class SinkingError(Exception):

@@ -37,7 +37,8 @@ from fastapi_tasks import (
 )
 
 from . import asgi
-from .conftest import BACKENDS, Backend
+from .clocks import Backend
+from .conftest import BACKENDS
 from .recording import Observed, idle, ours
 
 

@@ -36,7 +36,8 @@ from fastapi_tasks import (
 )
 
 from . import asgi
-from .conftest import ASYNCIO_BACKENDS, BACKENDS, Backend
+from .clocks import Backend
+from .conftest import ASYNCIO_BACKENDS, BACKENDS
 from .recording import Observed, idle, ours
 from .servers import PATIENCE
 

@@ -32,7 +32,8 @@ from fastapi_tasks import (
 )
 
 from . import asgi
-from .conftest import BACKENDS, FAKE_CLOCKS
+from .clocks import FAKE_CLOCKS
+from .conftest import BACKENDS
 from .recording import Observed, let_others_run, until
 
 on_fake_clocks = pytest.mark.parametrize("anyio_backend", FAKE_CLOCKS, indirect=True)

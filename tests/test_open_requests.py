@@ -14,16 +14,10 @@ from starlette.types import Message
 from fastapi_tasks import DrainReport, TaskConfig, Tasks, add_tasks
 
 from .asgi import lifespan, request
-from .conftest import FAKE_CLOCKS, Backend
+from .clocks import on_fake_clocks  # noqa: F401 - it is this module's anyio_backend
 from .recording import Observed, Timeline
 
 SHIELD = TaskConfig(shield=True)
-
-
-@pytest.fixture(params=FAKE_CLOCKS)
-def anyio_backend(request: pytest.FixtureRequest) -> Backend:
-    """Time passes when nothing else can happen."""
-    return request.param()
 
 
 def report_of(observed: Observed) -> DrainReport:

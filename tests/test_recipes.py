@@ -26,7 +26,8 @@ from fastapi_tasks import (
 )
 
 from . import asgi
-from .conftest import ASYNCIO_BACKENDS, Backend
+from .clocks import Backend
+from .conftest import ASYNCIO_BACKENDS
 from .endpoints import Kind, both_kinds
 from .recording import Observed
 from .servers import PATIENCE

@@ -45,19 +45,13 @@ from fastapi_tasks import (
 )
 
 from . import asgi, load
-from .conftest import BACKENDS, FAKE_CLOCKS, Backend
+from .clocks import (
+    Backend,
+    on_fake_clocks,  # noqa: F401 - it is this module's anyio_backend
+)
+from .conftest import on_real_clocks
 from .recording import Observed, idle, let_others_run, ours
 from .servers import PATIENCE, unmeasured
-
-
-@pytest.fixture(params=FAKE_CLOCKS)
-def anyio_backend(request: pytest.FixtureRequest) -> Backend:
-    """Event loops on which an hour takes no time."""
-    backend: Backend = request.param()
-    return backend
-
-
-on_real_clocks = pytest.mark.parametrize("anyio_backend", BACKENDS)
 
 
 @pytest.fixture(autouse=True)

@@ -43,7 +43,8 @@ from fastapi_tasks.inbox import Inbox
 from fastapi_tasks.spawn import Spawner
 
 from . import asgi
-from .conftest import ASYNCIO_BACKENDS, BACKENDS, Backend
+from .clocks import Backend
+from .conftest import ASYNCIO_BACKENDS, BACKENDS
 from .recording import Observed, idle
 
 

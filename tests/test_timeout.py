@@ -39,19 +39,13 @@ from fastapi_tasks import (
 )
 
 from . import load
-from .conftest import ASYNCIO_BACKENDS, BACKENDS, FAKE_CLOCKS, Backend
+from .clocks import (
+    FAKE_CLOCKS,
+    Backend,
+    on_fake_clocks,  # noqa: F401 - it is this module's anyio_backend
+)
+from .conftest import on_asyncio, on_real_clocks
 from .recording import Observed, idle, let_others_run, ours, until
-
-
-@pytest.fixture(params=FAKE_CLOCKS)
-def anyio_backend(request: pytest.FixtureRequest) -> Backend:
-    """Event loops on which an hour takes no time."""
-    backend: Backend = request.param()
-    return backend
-
-
-on_real_clocks = pytest.mark.parametrize("anyio_backend", BACKENDS)
-on_asyncio = pytest.mark.parametrize("anyio_backend", ASYNCIO_BACKENDS)
 
 AGAIN = Retry(on=Exception, attempts=2, wait_initial=0, wait_jitter=0)
 """One more attempt, at once."""

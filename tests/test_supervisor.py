@@ -7,7 +7,7 @@ import contextlib
 import gc
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -324,12 +324,30 @@ def test_a_failure_that_was_being_handled_when_the_loop_was_closed_stays_one(
     assert observed.kinds(task) == ["scheduled", "started", "failed"]
 
 
-def test_a_task_of_a_closed_loop_is_collected_without_a_trace_in_another_task() -> None:
+async def misread() -> None:
+    """Fail, so that a handler runs."""
+    raise EOFError
+
+
+async def read_again(task: Task, error: Exception) -> None:
+    """Handle an error for ever."""
+    await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize(
+    ("reading", "config"),
+    [(read, TaskConfig()), (misread, TaskConfig(on_error=read_again))],
+    ids=["in its function", "in its error handler"],
+)
+def test_a_task_of_a_closed_loop_is_collected_without_a_trace_in_another_task(
+    reading: Callable[[], Awaitable[None]], config: TaskConfig
+) -> None:
     """Whichever task runs when the garbage collector comes, is the current one before and after."""
     lost = Supervisor()
     loop = asyncio.new_event_loop()
     loop.run_until_complete(lost.start())
-    loop.run_until_complete(lost.schedule(read).started.wait())
+    loop.run_until_complete(lost.task(config).schedule(reading).started.wait())
+    loop.run_until_complete(asyncio.sleep(0))  # to where it waits
     loop.close()
     del lost, loop
 

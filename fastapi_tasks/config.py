@@ -69,8 +69,9 @@ class Retry:
     :param wait_jitter: seconds or ``timedelta`` that are added to a wait at most, at random; 1
         by default
     :param wait_exp_base: by what each wait is longer than the one before; 2 by default
-    :param timeout: seconds or ``timedelta`` from the first attempt on, after which a failed
-        attempt is the last one; ``None``, the default: only ``attempts`` count
+    :param timeout: seconds or ``timedelta`` after which a failed attempt is the last one, counted
+        from when the first one was due, and so with its wait for a place in the limiter;
+        ``None``, the default: only ``attempts`` count
     :raises InvalidSettingError: one of them has a value that it cannot have
     """
 

@@ -727,20 +727,16 @@ async def test_a_cancelled_task_whose_function_makes_an_error_of_that_is_not_ret
     method: Callable[[Line], Any], supervisor: Supervisor
 ) -> None:
     """It has failed, and that was its last attempt: somebody wanted it to end."""
-    entered = threading.Event()
+    asked = threading.Event()
 
     async def until_cancelled() -> None:
-        entered.set()
         try:
             await anyio.sleep_forever()
         finally:
             raise BusyError
 
     def until_asked() -> None:
-        dialled = current_task()
-        entered.set()
-        while not dialled.cancel_reason:
-            pass
+        asked.wait(PATIENCE)
         raise BusyError
 
     function: Any = until_cancelled if method is Line.dial else until_asked
@@ -749,6 +745,7 @@ async def test_a_cancelled_task_whose_function_makes_an_error_of_that_is_not_ret
         await dialled.started.wait()
         await anyio.lowlevel.checkpoint()
         dialled.cancel()
+        asked.set()
         await over(supervisor, dialled)
 
     assert (dialled.status, dialled.attempt) == ("failed", 1)

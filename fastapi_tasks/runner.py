@@ -208,11 +208,13 @@ class Runner:
         limiter = task.config.limiter
         call = _ThreadCall(limiter or self._threads, is_alone=limiter is None)
         try:
-            await call.limiter.acquire_on_behalf_of(call)
             try:
+                await call.limiter.acquire_on_behalf_of(call)
                 self._begin(task)
             except BaseException:
-                call.limiter.release_on_behalf_of(call)
+                # Older AnyIOs leave its place to one that is cancelled just when it gets it.
+                if call in call.limiter.statistics().borrowers:
+                    call.limiter.release_on_behalf_of(call)
                 raise
             self._spawner.spawn(
                 call.run(_call_of(task), self._unlimited),

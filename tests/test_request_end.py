@@ -53,7 +53,8 @@ class MisprintError(Exception):
 def end() -> End:
     """Return what the current task sees."""
     task = current_task()
-    error = task.route_error
+    # What breaks off a stream comes in a group from older Starlettes.
+    error, *_ = getattr(task.route_error, "exceptions", (task.route_error,))
     return task.response_status, None if error is None else type(error)
 
 

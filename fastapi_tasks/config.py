@@ -91,8 +91,8 @@ class Retry:
             raise InvalidSettingError(
                 "on",
                 self.on,
-                expected="a type of Exception, a tuple of them, or a function of the error that "
-                "returns a bool or a wait",
+                expected="a type of Exception, a tuple of them, or a function of the error, not "
+                "async, that returns a bool or a wait",
                 instead="Retry(on=ConnectionError)",
             )
         if not _is_count(self.attempts):

@@ -22,6 +22,7 @@ Each class builds its message from data: what came, what was expected, what to w
 
 from __future__ import annotations
 
+import inspect
 from enum import Enum
 from types import FunctionType
 from typing import Any
@@ -124,7 +125,7 @@ class InvalidSettingError(FastAPITasksError, ValueError):
 
     def __init__(self, setting: str, value: object, *, expected: str, instead: str) -> None:
         super().__init__(
-            f"{setting}{_shown(value)}: expected {expected}, got {type(value).__name__}. "
+            f"{setting}{_shown(value)}: expected {expected}, got {_kind(value)}. "
             f"Write for example: {instead}"
         )
         self.setting = setting
@@ -141,6 +142,17 @@ def _shown(value: object) -> str:
     if isinstance(value, FunctionType):
         return f"={value.__qualname__}"
     return ""  # the repr may hold what is private: a partial's has its arguments
+
+
+def _kind(value: object) -> str:
+    # That a type or a function came, does not say what was wrong with it.
+    if isinstance(value, type):
+        return f"the type {value.__name__}"
+    if inspect.iscoroutinefunction(value):
+        return "an async function"
+    if inspect.isgeneratorfunction(value) or inspect.isasyncgenfunction(value):
+        return "a generator function"
+    return type(value).__name__
 
 
 class InvalidTaskError(FastAPITasksError, TypeError):

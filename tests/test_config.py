@@ -313,15 +313,15 @@ BAD_FIELDS: list[Any] = [
     ("shield", "yes", "str"),
     ("shield", 1, "int"),
     ("on_error", "ring_bell", "str"),
-    ("on_error", heapq.merge, "function"),
+    ("on_error", heapq.merge, "a generator function"),
     ("run_if", "sometimes", "str"),
     ("run_if", True, "bool"),
     ("run_if", ["success"], "list"),
     ("retry", 3, "int"),
     ("retry", True, "bool"),
-    ("retry", ConnectionError, "type"),
+    ("retry", ConnectionError, "the type ConnectionError"),
     ("retry", (ConnectionError, TimeoutError), "tuple"),
-    ("retry", Retry, "type"),
+    ("retry", Retry, "the type Retry"),
     ("retry", load, "function"),
 ]
 
@@ -329,17 +329,17 @@ BAD_RETRIES: list[Any] = [
     ("on", None, "NoneType"),
     ("on", "ConnectionError", "str"),
     ("on", ConnectionError(), "ConnectionError"),
-    ("on", BaseException, "type"),
-    ("on", KeyboardInterrupt, "type"),
-    ("on", asyncio.CancelledError, "type"),
-    ("on", int, "type"),
+    ("on", BaseException, "the type BaseException"),
+    ("on", KeyboardInterrupt, "the type KeyboardInterrupt"),
+    ("on", asyncio.CancelledError, "the type CancelledError"),
+    ("on", int, "the type int"),
     ("on", (), "tuple"),
     ("on", (OSError, SystemExit), "tuple"),
     ("on", (OSError, "ValueError"), "tuple"),
     ("on", (OSError, (ValueError,)), "tuple"),
     ("on", [OSError], "list"),
-    ("on", hoist_flag, "function"),
-    ("on", heapq.merge, "function"),
+    ("on", hoist_flag, "an async function"),
+    ("on", heapq.merge, "a generator function"),
     ("attempts", 0, "int"),
     ("attempts", -1, "int"),
     ("attempts", True, "bool"),
@@ -388,7 +388,7 @@ BAD_CONTROLS: list[Any] = [
     ("delay", "soon", "str"),
     ("limiter", 5, "int"),
     ("limiter", "5", "str"),
-    ("limiter", anyio.CapacityLimiter, "type"),
+    ("limiter", anyio.CapacityLimiter, "the type CapacityLimiter"),
     ("limiter", asyncio.Semaphore(5), "Semaphore"),
 ]
 """Wrong times and limiters."""
@@ -592,19 +592,19 @@ def test_a_wrong_setting_is_refused_where_it_is_written(
 
 
 @pytest.mark.parametrize(
-    ("observers", "value"),
+    ("observers", "value", "kind"),
     [
-        (["log"], "log"),
-        ([print, None], None),
-        ([heapq.merge], heapq.merge),
-        ([watch_async], watch_async),
+        (["log"], "log", "str"),
+        ([print, None], None, "NoneType"),
+        ([heapq.merge], heapq.merge, "a generator function"),
+        ([watch_async], watch_async, "an async function"),
     ],
 )
-def test_an_observer_that_cannot_be_called_is_refused(observers: Any, value: object) -> None:
+def test_an_observer_that_cannot_be_called_is_refused(
+    observers: Any, value: object, kind: str
+) -> None:
     """So is a coroutine or generator function, whose body would not run; the error names it."""
-    expect_refusal(
-        lambda: Supervisor(observers=observers), "observers", value, type(value).__name__
-    )
+    expect_refusal(lambda: Supervisor(observers=observers), "observers", value, kind)
 
 
 @pytest.mark.parametrize("observers", [print, 5])

@@ -55,6 +55,7 @@ def test_the_errors_can_be_sent_to_another_process() -> None:
         errors.TaskCancelledError(task),
         errors.TaskFailedError(task, SystemExit()),
         errors.TaskNotFinishedError(task),
+        errors.TaskTimeoutError(task, 30),
         errors.UnsupportedFastAPIError("stack"),
         errors.WrongEventLoopError(task),
     ]

@@ -192,7 +192,7 @@ def _has_ended(task: Task) -> bool:
         and task.config.on_error is not None
         and isinstance(task.exception(), Exception)
     )
-    return is_over(task) and not may_handle and not task.strays
+    return is_over(task) and not may_handle and all(call.over.is_set() for call in task.strays)
 
 
 def give_up(

@@ -250,7 +250,7 @@ class Runner:
         """Wait for the threads whose attempts have run out of time: until then the task is live."""
         task.in_threads += 1  # there is nothing left to which a cancellation could be delivered
         async with self._spawner.renewed(task.handle):
-            for call in cast("tuple[_ThreadCall, ...]", task.strays):
+            for call in task.strays:
                 await call.over.wait()
 
     def _begin(self, task: Task) -> None:

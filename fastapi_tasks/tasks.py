@@ -31,6 +31,7 @@ from .errors import (
 
 __all__ = [
     "RequestEnd",
+    "Stray",
     "Task",
     "TaskErrorHandler",
     "TaskOwner",
@@ -68,6 +69,13 @@ _CANCELLED = TaskStatus.CANCELLED
 _making_events = Lock()
 # Who holds it may be interrupted by the garbage collector, and that by a __del__ that cancels.
 _giving_up = RLock()
+
+
+class Stray(Protocol):
+    """A call in a thread for which its attempt does not wait any more."""
+
+    over: anyio.Event
+    """Is set when the thread is done."""
 
 
 class TaskOwner(Protocol):
@@ -166,7 +174,7 @@ class Task(Generic[P, T_co]):
         """Whether an attempt has its place in the limiter just now."""
         self.in_threads = 0
         """How many threads are busy for the task just now; nothing can cancel them."""
-        self.strays: tuple[object, ...] = ()
+        self.strays: tuple[Stray, ...] = ()
         """The calls that go on in threads, though their attempts have run out of time."""
         self.cancel_pending = False
         """Whether a cancellation waits for a thread to end before it can be delivered."""

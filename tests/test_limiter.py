@@ -358,6 +358,28 @@ async def test_a_task_that_is_cancelled_while_it_waits_takes_no_place(
     assert (second.status, limiter.borrowed_tokens) == (TaskStatus.SUCCEEDED, 0)
 
 
+@pytest.mark.parametrize("limit", [None, 3600])
+@pytest.mark.parametrize("function", [stay, nothing])
+async def test_a_task_that_is_cancelled_as_it_gets_its_place_gives_it_to_the_next(
+    function: Callable[[], Any], limit: float | None
+) -> None:
+    """It has the place, but does not know it yet; on trio the cancellation comes too late then."""
+    limiter = anyio.CapacityLimiter(1)
+    config = TaskConfig(limiter=limiter, timeout=limit)
+    async with Supervisor(config=config) as supervisor:
+        await limiter.acquire_on_behalf_of("somebody else")
+        task = supervisor.schedule(function)
+        await let_others_run()
+        limiter.release_on_behalf_of("somebody else")
+        task.cancel()
+        with anyio.fail_after(10):
+            await task.wait()
+            await supervisor.schedule(nothing).wait()
+
+    assert (task.status, task.attempt) == (TaskStatus.CANCELLED, 0)
+    assert limiter.borrowed_tokens == 0
+
+
 @pytest.mark.parametrize("steps", range(12))
 @pytest.mark.parametrize("limit", [None, 3600])
 @pytest.mark.parametrize("function", [stay, nothing])
@@ -544,6 +566,18 @@ async def test_who_has_a_place_can_call_a_task_that_needs_one(
             await outer.wait()
 
     assert (outer.status, len(lock.order), limiter.borrowed_tokens) == (TaskStatus.SUCCEEDED, 2, 0)
+
+
+async def test_who_has_taken_a_place_by_hand_can_call_a_task_that_needs_one() -> None:
+    """An endpoint, for example, that holds it for its own request."""
+    lock, limiter = Lock(), anyio.CapacityLimiter(1)
+    async with Supervisor(config=TaskConfig(limiter=limiter)) as supervisor:
+        task = supervisor.schedule(lock.pass_through)
+        await task.wait()
+        async with limiter:
+            await task()
+
+    assert (len(lock.order), limiter.borrowed_tokens) == (2, 0)
 
 
 async def test_a_task_that_calls_itself_does_not_wait_for_itself() -> None:

@@ -817,6 +817,24 @@ async def test_a_stray_thread_that_outlives_the_drain_is_reported_as_abandoned(
     assert not task.cancel()
 
 
+async def test_a_thread_that_has_strayed_and_ended_is_not_waited_for(observed: Observed) -> None:
+    """A drain that begins as the last attempt ends, does not say that it cancels its task."""
+    spade = Spade("too late", "at once")
+    supervisor = Supervisor(observers=[observed], threads=1)
+    await supervisor.start()
+    task = supervisor.task(timeout=30, retry=AGAIN).schedule(spade)
+    await until(lambda: spade.calls == 1)
+    await anyio.sleep(100)
+    spade.gate.set()
+    await until(lambda: task.status is not TaskStatus.RUNNING)
+
+    assert supervisor.running == ()
+    report = await supervisor.drain()
+
+    assert (report.finished, task.attempt) == ((), 2)
+    assert "drain_cancelling" not in observed.kinds(task)
+
+
 async def test_a_sync_function_that_runs_out_of_time_in_the_drain_is_a_failure() -> None:
     """With its thread it is waited for, and the attempt is the last one."""
     spade = Spade()
@@ -1065,6 +1083,20 @@ async def test_who_cancels_all_of_the_loops_tasks_loses_no_place(when: str) -> N
     expected = TaskStatus.FAILED if when == "when time is up" else TaskStatus.CANCELLED
     assert (task.status, limiter.borrowed_tokens) == (expected, 0)
     await supervisor.drain()
+
+
+@on_asyncio
+async def test_a_thread_that_somebody_keeps_from_being_started_is_a_cancelled_task() -> None:
+    """Nothing has come of it, which is not the same as that None has."""
+    async with Supervisor() as supervisor:
+        before = asyncio.all_tasks()
+        task = supervisor.task(timeout=3600).schedule(plough)
+        await task.started.wait()
+        (thread,) = asyncio.all_tasks() - before - {task.handle}
+        thread.cancel()
+        await task.wait()
+
+    assert task.status is TaskStatus.CANCELLED
 
 
 @on_asyncio

@@ -856,12 +856,12 @@ async def test_what_stamina_logs_by_itself_has_the_tasks_name_and_no_argument(
         raise BusyError
 
     async with supervisor:
-        dialled = supervisor.task(name="operator", retry=REDIAL).schedule(dial, "1212")
+        dialled = supervisor.task(name="operator", retry=REDIAL).schedule(dial, "Whitehall")
         await over(supervisor, dialled)
 
     theirs = [vars(record) for record in caplog.records if record.name == "stamina"]
     assert [each["stamina.callable"] for each in theirs] == ["operator"] * 2
-    assert "1212" not in str(theirs)
+    assert "Whitehall" not in str(theirs)
 
 
 def not_callable() -> Any:

@@ -190,7 +190,12 @@ class Drain:
 
 
 def _is_ending(task: Task) -> bool:
-    """Return whether a task was cancelled before; once more would break into its cleaning up."""
+    """Return whether a task was cancelled before; once more would break into its cleaning up.
+
+    If only threads are left of it, there is nothing to cancel.
+    """
+    if task.awaits_strays:
+        return True
     if is_over(task):  # its error handler runs, which an earlier cancellation did not reach
         return task.cancel_reason == _REASON
     return task.cancel_reason != ""

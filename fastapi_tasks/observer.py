@@ -194,8 +194,9 @@ def describe(tasks: Iterable[Task]) -> str:
     :param tasks: the tasks; those of one name are counted, a single one is given with its id
     """
     tasks = tuple(tasks)
-    counts = Counter(task.name for task in tasks)
-    ids = {task.name: task.id for task in tasks}
+    names = [f"the thread of {t.name}" if t.awaits_strays else t.name for t in tasks]
+    counts = Counter(names)
+    ids = {name: task.id for name, task in zip(names, tasks, strict=True)}
     return ", ".join(
         f"{name} x{count}" if count > 1 else f"{name} ({ids[name]})"
         for name, count in counts.items()

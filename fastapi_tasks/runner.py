@@ -248,7 +248,7 @@ class Runner:
 
     async def _wait_for_strays(self, task: Task) -> None:
         """Wait for the threads whose attempts have run out of time: until then the task is live."""
-        task.in_threads += 1  # there is nothing left to which a cancellation could be delivered
+        task.awaits_strays = True
         async with self._spawner.renewed(task.handle):
             for call in task.strays:
                 await call.over.wait()

@@ -132,6 +132,7 @@ class Task(Generic[P, T_co]):
         "_traceback",
         "abandoned",
         "args",
+        "awaits_strays",
         "cancel_pending",
         "cancel_reason",
         "config",
@@ -176,6 +177,8 @@ class Task(Generic[P, T_co]):
         """How many threads are busy for the task just now; nothing can cancel them."""
         self.strays: tuple[Stray, ...] = ()
         """The calls that go on in threads, though their attempts have run out of time."""
+        self.awaits_strays = False
+        """Whether nothing is left of the task but such calls."""
         self.cancel_pending = False
         """Whether a cancellation waits for a thread to end before it can be delivered."""
         self.cancel_reason = ""

@@ -800,9 +800,9 @@ async def test_a_drain_waits_for_a_stray_thread_and_names_its_task(observed: Obs
 
 @pytest.mark.parametrize(("shield", "end"), [(True, 20), (False, 5)])
 async def test_a_stray_thread_that_outlives_the_drain_is_reported_as_abandoned(
-    shield: bool, end: float
+    shield: bool, end: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The report says so, and the drain ends in time."""
+    """The report says so, and the drain ends in time; no record claims to cancel a thread."""
     spade = Spade()
     supervisor = Supervisor(config=TaskConfig(shield=shield), shutdown_timeout=20)
     await supervisor.start()
@@ -814,6 +814,10 @@ async def test_a_stray_thread_that_outlives_the_drain_is_reported_as_abandoned(
 
     assert (report.abandoned, report.finished, report.cancelled) == ((task,), (), ())
     assert report.duration == pytest.approx(end)
+    told = [record.getMessage() for record in ours(caplog)]
+    thread = f"the thread of {task.name} ({task.id})"
+    assert f"Shutdown: abandoning {thread}, which did not end in time" in told
+    assert not any("cancelling" in each for each in told)
     assert not task.cancel()
 
 

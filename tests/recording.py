@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
 from collections.abc import Callable
 
@@ -10,7 +12,7 @@ import anyio.lowlevel
 import pytest
 from starlette.types import Message
 
-from fastapi_tasks import Supervisor, Task, TaskEvent, TaskEventKind
+from fastapi_tasks import Supervisor, Task, TaskEvent, TaskEventKind, current_task
 
 from .servers import PATIENCE
 
@@ -72,3 +74,18 @@ async def idle(supervisor: Supervisor) -> None:
 def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """Return the package's own records."""
     return [record for record in caplog.records if record.name == "fastapi_tasks"]
+
+
+def collect_within_a_task() -> None:
+    """Collect what is lost while a task runs, which is the current one before and after."""
+
+    async def collect() -> Task:
+        gc.collect()
+        return current_task()
+
+    async def main() -> None:
+        async with Supervisor() as supervisor:
+            task = supervisor.schedule(collect)
+            assert await task.wait() is task
+
+    asyncio.run(main())

@@ -51,7 +51,7 @@ from .clocks import (
     on_fake_clocks,  # noqa: F401 - it is this module's anyio_backend
 )
 from .conftest import on_real_clocks
-from .recording import Observed, idle, let_others_run, ours
+from .recording import Observed, collect_within_a_task, idle, let_others_run, ours
 from .servers import PATIENCE, unmeasured
 
 
@@ -1171,16 +1171,7 @@ def test_a_task_of_a_closed_loop_is_collected_in_its_wait_without_a_trace_in_ano
     loop.close()
     del lost, loop
 
-    async def collect() -> Task:
-        gc.collect()
-        return current_task()
-
-    async def main() -> None:
-        async with Supervisor() as supervisor:
-            task = supervisor.schedule(collect)
-            assert await task.wait() is task
-
-    asyncio.run(main())
+    collect_within_a_task()
 
 
 async def test_the_current_task_is_known_after_a_wait(supervisor: Supervisor) -> None:

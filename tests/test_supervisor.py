@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -45,7 +44,7 @@ from fastapi_tasks.spawn import Spawner
 from . import asgi
 from .clocks import Backend
 from .conftest import ASYNCIO_BACKENDS, BACKENDS
-from .recording import Observed, idle
+from .recording import Observed, collect_within_a_task, idle
 
 
 async def fetch(book: str = "atlas") -> str:
@@ -351,16 +350,7 @@ def test_a_task_of_a_closed_loop_is_collected_without_a_trace_in_another_task(
     loop.close()
     del lost, loop
 
-    async def collect() -> Task:
-        gc.collect()
-        return current_task()
-
-    async def main() -> None:
-        async with Supervisor() as supervisor:
-            task = supervisor.schedule(collect)
-            assert await task.wait() is task
-
-    asyncio.run(main())
+    collect_within_a_task()
 
 
 def test_who_waits_in_a_loop_that_is_closed_is_lost_with_it(observed: Observed) -> None:

@@ -27,6 +27,7 @@ from .errors import (
     UnsupportedFastAPIError,
     WrongEventLoopError,
 )
+from .info import Progress, TaskInfo
 from .observer import TaskEvent, TaskEventKind, TaskObserver
 from .request_bound import RequestBoundArgumentWarning
 from .routing import Tasks, TasksRoute, get_tasks
@@ -43,6 +44,7 @@ __all__ = [
     "InvalidSettingError",
     "InvalidTaskError",
     "NoCurrentTaskError",
+    "Progress",
     "RequestBoundArgumentWarning",
     "Retry",
     "RunIf",
@@ -55,6 +57,7 @@ __all__ = [
     "TaskEvent",
     "TaskEventKind",
     "TaskFailedError",
+    "TaskInfo",
     "TaskNotFinishedError",
     "TaskObserver",
     "TaskStatus",

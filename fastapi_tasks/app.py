@@ -37,6 +37,7 @@ def add_tasks(
     shutdown_timeout: float | None = None,
     threads: int = 40,
     max_tasks: int | None = None,
+    history: int = 100,
 ) -> None:
     r"""Let an app's endpoints take ``tasks: Tasks``.
 
@@ -60,6 +61,8 @@ def add_tasks(
     :param threads: how many sync tasks run at once; 40 by default
     :param max_tasks: how many tasks may be live before a request that takes ``Tasks`` is answered
         with status 503, until some have ended; ``None``, the default: no request is
+    :param history: how many tasks that are over the supervisor remembers in its ``recent``; 100
+        by default, 0: none
     :raises AddTasksError: it is no FastAPI app, it is being served, or it has been given tasks
         with other arguments
     :raises InvalidSettingError: an argument has a value that it cannot have
@@ -72,6 +75,7 @@ def add_tasks(
         shutdown_timeout=shutdown_timeout,
         threads=threads,
         max_tasks=max_tasks,
+        history=history,
     )
     known = _supervisor_of(app)
     if known is not None:

@@ -308,6 +308,7 @@ class SupervisorSettings:
     shutdown_timeout: float | None = None
     threads: int = 40
     max_tasks: int | None = None
+    history: int = 100
 
     def __post_init__(self) -> None:
         if not _is_config(self.config):
@@ -353,6 +354,13 @@ class SupervisorSettings:
                 self.max_tasks,
                 expected="a whole number, 1 or more, or None",
                 instead="add_tasks(app, max_tasks=1000)",
+            )
+        if not _is_count(self.history, least=0):
+            raise InvalidSettingError(
+                "history",
+                self.history,
+                expected="a whole number, 0 or more",
+                instead="add_tasks(app, history=100)",
             )
 
 
@@ -400,8 +408,8 @@ def _is_run_if(value: object) -> bool:
     return isinstance(value, str) and value in _RUN_IF
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= sys.maxsize
+def _is_count(value: object, *, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= sys.maxsize
 
 
 def _is_seconds(value: object) -> bool:

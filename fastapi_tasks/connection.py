@@ -23,7 +23,7 @@ from .config import TaskConfig
 from .errors import UnsupportedFastAPIError
 from .scheduler import TasksScheduler
 from .supervisor import Supervisor
-from .tasks import enter, find_current_task, leave
+from .tasks import Task, enter, find_current_task, leave
 
 __all__ = [
     "Connection",
@@ -161,6 +161,11 @@ class Connection:
         """Return whether tasks wait for one of the connection's moments."""
         assert self.scheduler is not None
         return self.scheduler.has_waiting()
+
+    def waiting(self) -> tuple[Task, ...]:
+        """Return them, from any thread."""
+        assert self.scheduler is not None
+        return self.scheduler.waiting()
 
     def end_response(self) -> None:
         """Release what waits for the response, if that has begun: the server is done with it."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import RLock
-from typing import Any
+from typing import Any, TypeAlias
 
 from .spawn import Spawner
 
 __all__ = ["Inbox"]
+
+
+Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
 
 
 class Inbox:
@@ -22,7 +25,8 @@ class Inbox:
         # Whatever holds it may be interrupted by the garbage collector, and that by a __del__ that
         # schedules a task.
         self._lock = RLock()
-        self._calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self._calls: list[Call] = []
+        self._taken: list[Call] = []
         self._spawner: Spawner | None = None
 
     def open(self, spawner: Spawner) -> None:
@@ -52,9 +56,19 @@ class Inbox:
     def take(self) -> None:
         """Make the calls that have come in. In the loop's thread only."""
         with self._lock:
+            # Those who look see each of them until it was made.
             calls, self._calls = self._calls, []
-        for func, args in calls:
-            func(*args)
+            self._taken = calls
+        try:
+            for func, args in calls:
+                func(*args)
+        finally:
+            self._taken = []
+
+    def calls(self) -> list[Call]:
+        """Return the calls that may not have been made, from any thread."""
+        with self._lock:
+            return self._taken + self._calls
 
     def close(self) -> None:
         """Make the calls that have come in, and accept no more. In the loop's thread only."""

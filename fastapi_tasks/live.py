@@ -10,6 +10,7 @@ from typing import Protocol
 
 import anyio
 
+from .history import History
 from .observer import Observers, TaskEvent, TaskEventKind
 from .runner import BY_OTHERS, Runner
 from .spawn import Handle, Spawner
@@ -17,12 +18,18 @@ from .tasks import Task, TaskStatus, is_over, settle, settle_unbegun
 
 __all__ = ["LiveTasks", "OpenRequest", "give_up"]
 
+_PENDING = TaskStatus.PENDING  # read for every task, as in tasks.py
+
 
 class OpenRequest(Protocol):
     """A request that is being served, as the drain sees it."""
 
     def has_waiting(self) -> bool:
         """Return whether tasks wait for one of its moments."""
+        ...
+
+    def waiting(self) -> tuple[Task, ...]:
+        """Return them, from any thread."""
         ...
 
     def end_response(self) -> None:
@@ -42,12 +49,16 @@ class LiveTasks:
     :param spawner: the loop's
     :param runner: what runs each task
     :param observers: who is told
+    :param history: what remembers those that are over
     """
 
-    def __init__(self, spawner: Spawner, runner: Runner, observers: Observers) -> None:
+    def __init__(
+        self, spawner: Spawner, runner: Runner, observers: Observers, history: History
+    ) -> None:
         self._spawner = spawner
         self._runner = runner
         self._observers = observers
+        self._history = history
         self._tasks: dict[Handle, Task] = {}
         self._requests: set[OpenRequest] = set()
         self._empty: anyio.Event | None = None
@@ -65,6 +76,18 @@ class LiveTasks:
             for task in self._tasks.copy().values()
             if (shielded is None or task.config.shielded is shielded) and not _has_ended(task)
         )
+
+    def ended(self) -> tuple[Task, ...]:
+        """Return the other ones, which only wait for the loop to say that they are over."""
+        return tuple(task for task in self._tasks.copy().values() if _has_ended(task))
+
+    def all(self) -> tuple[Task, ...]:
+        """Return the tasks of both kinds, from any thread."""
+        return tuple(self._tasks.copy().values())
+
+    def waiting(self) -> tuple[Task, ...]:
+        """Return the tasks that wait for a moment of an open request, from any thread."""
+        return tuple(task for request in self._requests.copy() for task in request.waiting())
 
     def __len__(self) -> int:
         """Return how many tasks there are, with those that only wait for the loop to say so."""
@@ -130,6 +153,7 @@ class LiveTasks:
             del self._tasks[task.handle]
             self._spawner.abandon(task.handle)
             task.abandoned = True
+            self._history.note(task)
 
     def forget_ended(self) -> None:
         """Forget the tasks that only wait for the loop to say that they are over."""
@@ -142,10 +166,14 @@ class LiveTasks:
 
         :param reason: why, for the records
         """
-        for task in self.tasks():
-            if not is_over(task):
+        tasks, self._tasks = self._tasks, {}
+        for task in tasks.values():
+            is_lost = not is_over(task)
+            if is_lost:
                 settle(task, TaskStatus.CANCELLED)
                 task.handle = task.context = task.request_end = None
+            self._history.note(task)
+            if is_lost:
                 event = TaskEvent(TaskEventKind.DROPPED, (task,), reason=reason)
                 self._observers.tell(event)
 
@@ -164,12 +192,17 @@ class LiveTasks:
         return True
 
     def _over(self, handle: Handle) -> None:
-        task = self._tasks.pop(handle, None)
+        task = self._tasks.get(handle)
         if task is None:
             return  # abandoned or forgotten before
         # Somebody else may have cancelled it before its first step, which on asyncio then never
         # comes.
-        give_up(task, TaskEventKind.CANCELLED, BY_OTHERS, self._observers)
+        try:
+            if task.status is _PENDING:
+                give_up(task, TaskEventKind.CANCELLED, BY_OTHERS, self._observers)
+            self._history.note(task)  # first: threads that look for it look here and then there
+        finally:
+            del self._tasks[handle]
         # The context refers to the task, and so may the request's error, by the endpoint's frame:
         # they would wait for the garbage collector.
         task.handle = task.context = task.request_end = None
@@ -202,6 +235,7 @@ def give_up(
     observers: Observers,
     *,
     expected: bool = False,
+    history: History | None = None,
 ) -> bool:
     """Settle a task that has not begun and never will, from any thread.
 
@@ -210,10 +244,13 @@ def give_up(
     :param reason: why, for the record
     :param observers: who is told
     :param expected: whether that is what its configuration asks for
+    :param history: what remembers it, if it is no live one, which is remembered later
     :return: ``False`` if it has begun, or was over already
     """
     if not settle_unbegun(task):
         return False
     task.context = task.request_end = None
+    if history is not None:
+        history.note(task)
     observers.tell(TaskEvent(kind, (task,), reason=reason, expected=expected))
     return True

@@ -25,7 +25,7 @@ class TasksBatch(BoundTasks):
     :param endpoint: the endpoint that schedules them, if there is one
     """
 
-    __slots__ = ("_end", "_failed", "_waiting")
+    __slots__ = ("_end", "_failed", "_taken", "_waiting")
 
     def __init__(
         self,
@@ -37,6 +37,7 @@ class TasksBatch(BoundTasks):
         super().__init__(supervisor, inherited, INHERIT_ALL, endpoint)
         self._end: RequestEnd | None = end
         self._waiting: deque[Task] = deque()
+        self._taken: Task | None = None
         self._failed: bool | None = None
 
     def release(self, *, failed: bool) -> bool:
@@ -59,6 +60,12 @@ class TasksBatch(BoundTasks):
         """Return whether tasks wait for the moment."""
         return bool(self._waiting)
 
+    def waiting(self) -> tuple[Task, ...]:
+        """Return them, and one that is being started just now, from any thread."""
+        waiting = self._waiting.copy()
+        taken = self._taken
+        return tuple(waiting) if taken is None else (taken, *waiting)
+
     def drop(self, reason: str) -> None:
         """Give up the tasks that wait.
 
@@ -73,9 +80,13 @@ class TasksBatch(BoundTasks):
 
     def _take(self) -> Iterator[Task]:
         # Asked for, not looked up before: another thread may be faster.
-        with suppress(IndexError):
-            while True:
-                yield self._waiting.popleft()
+        try:
+            with suppress(IndexError):
+                while True:
+                    self._taken = self._waiting[0]  # for those who look meanwhile
+                    yield self._waiting.popleft()
+        finally:
+            self._taken = None
 
     def _start_or_drop(self, task: Task, *, failed: bool) -> bool:
         run_if = task.config.run_if or "success"
@@ -180,6 +191,10 @@ class TasksScheduler(ImmediateTasks):
     def has_waiting(self) -> bool:
         """Return whether tasks wait for a moment of the request."""
         return self.after_route.has_waiting() or self.after_response.has_waiting()
+
+    def waiting(self) -> tuple[Task, ...]:
+        """Return them, from any thread."""
+        return self.after_route.waiting() + self.after_response.waiting()
 
     def drop_waiting(self, reason: str) -> None:
         """Give up the tasks that wait for a moment of the request.

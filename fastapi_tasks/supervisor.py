@@ -6,8 +6,9 @@ It knows every live task, starts them from any thread, and sees them to their en
 from __future__ import annotations
 
 import itertools
+import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import copy_context
 from enum import Enum, auto
@@ -22,23 +23,29 @@ from .config import INHERIT_ALL, SupervisorSettings, TaskConfig, as_tuple
 from .drain import Drain, DrainPlan, DrainReport
 from .errors import (
     FastAPITasksUninitializedAppError,
+    InvalidSettingError,
     SupervisorStateError,
     TooManyTasksError,
     UninitializedReason,
     WrongEventLoopError,
 )
+from .history import History
 from .inbox import Inbox
+from .info import TaskInfo
 from .live import LiveTasks, OpenRequest, give_up
 from .observer import Observers, TaskEvent, TaskEventKind, TaskObserver, logger
 from .runner import Runner
 from .spawn import Spawner, current_spawner
-from .tasks import Task, is_over
+from .tasks import Task, has_key, is_over
 
 __all__ = ["Supervisor"]
 
 _BY_USER = "its cancel() was called"
 _NOT_RUNNING = "its supervisor is not running; it does from the app's start-up to its shutdown"
 _LOST = "the event loop was closed before the app was shut down"
+
+
+_NUMBER = re.compile("[1-9][0-9]{0,18}")  # what a client sends may have a million digits
 
 
 class _State(Enum):
@@ -75,6 +82,8 @@ class Supervisor(ImmediateTasks):
     :param max_tasks: how many tasks may be live before a request that takes ``Tasks`` is refused
         with status 503; ``None``, the default: no request is. What is scheduled on the supervisor
         itself, and by a request that was let in, is never refused
+    :param history: how many tasks that are over :attr:`recent` has at most; 100 by default, 0:
+        none
     :raises InvalidSettingError: one of them has a value that it cannot have
     """
 
@@ -87,6 +96,7 @@ class Supervisor(ImmediateTasks):
         shutdown_timeout: float | None = None,
         threads: int = 40,
         max_tasks: int | None = None,
+        history: int = 100,
     ) -> None:
         self.settings = SupervisorSettings(
             INHERIT_ALL if config is None else config,
@@ -95,10 +105,12 @@ class Supervisor(ImmediateTasks):
             shutdown_timeout,
             threads,
             max_tasks,
+            history,
         )
         """What the supervisor was made with."""
         super().__init__(self, self.settings.config, INHERIT_ALL)
         self._observers = Observers(self.settings.observers)
+        self._history = History(history)
         self._numbers = itertools.count(1)
         self._state = _State.NEW
         self._run_id = _new_run_id()
@@ -156,7 +168,7 @@ class Supervisor(ImmediateTasks):
         if not self._is_handed_over(self._drop, task, reason, expected):
             self._drop(task, reason, expected)
 
-    def cancel(self, task: Task) -> bool:
+    def cancel_task(self, task: Task) -> bool:
         """Do what :meth:`Task.cancel` says."""
         if is_over(task) or task.abandoned:
             return False
@@ -196,6 +208,40 @@ class Supervisor(ImmediateTasks):
     def running(self) -> tuple[Task, ...]:
         """The tasks that were started and are not over, the oldest first."""
         return () if self._live is None else self._live.tasks()
+
+    @property
+    def recent(self) -> tuple[TaskInfo, ...]:
+        """The latest tasks that are over, at most ``history`` of them, the newest last.
+
+        One that was dropped, or cancelled before it began, is there too. One that was abandoned at
+        a shutdown is there with the status that it had then, since it may still be running. They
+        are no tasks but what there was to tell of them: what tasks got and returned is let go.
+        """
+        live = self._live
+        ended = () if live is None else live.ended()  # first: they become the others
+        return self._history.infos(ended)
+
+    def find(self, task_id: str) -> TaskInfo | None:
+        """Return what a task is like now, from any thread.
+
+        :param task_id: the task's id
+        :return: ``None`` if no such task runs, waits for a moment of an open request, or is one of
+            the :attr:`recent` ones
+        :raises InvalidSettingError: it is no string
+        """
+        key = _key_of(task_id)
+        task = self._find(key)
+        return self._history.find(key) if task is None else task.info()
+
+    def cancel(self, task_id: str) -> bool:
+        """Ask for a task to be cancelled, as :meth:`Task.cancel` does, from any thread.
+
+        :param task_id: the task's id
+        :return: ``False`` if there is no such task, or it is over already
+        :raises InvalidSettingError: it is no string
+        """
+        task = self._find(_key_of(task_id))
+        return task is not None and self.cancel_task(task)
 
     @property
     def is_running(self) -> bool:
@@ -263,7 +309,7 @@ class Supervisor(ImmediateTasks):
         self._run_id = _new_run_id()
         self._spawner = current_spawner()
         self._runner = Runner(self._spawner, self._observers, self.settings.threads)
-        self._live = LiveTasks(self._spawner, self._runner, self._observers)
+        self._live = LiveTasks(self._spawner, self._runner, self._observers, self._history)
         self._thread = get_ident()
         self._state = _State.RUNNING
         self._inbox.open(self._spawner)  # last: until then, threads have their tasks dropped
@@ -324,6 +370,18 @@ class Supervisor(ImmediateTasks):
     def _place(self, task: Task) -> None:
         self.submit(task)
 
+    def _find(self, key: tuple[str, int]) -> Task | None:
+        return next((task for task in self._known() if has_key(task, key)), None)
+
+    def _known(self) -> Iterator[Task]:
+        """Yield every task that is not over, in the order in which tasks go from place to place."""
+        live = self._live
+        if live is not None:
+            yield from live.waiting()
+        yield from (args[0] for _, args in self._inbox.calls() if isinstance(args[0], Task))
+        if live is not None:
+            yield from live.all()
+
     def _is_handed_over(self, func: Callable[..., object], *args: object) -> bool:
         """Hand a call to the event loop, unless this is its thread or there is none that runs."""
         return get_ident() != self._thread and self._inbox.put(func, *args)
@@ -349,7 +407,9 @@ class Supervisor(ImmediateTasks):
 
     def _drop(self, task: Task, reason: str, expected: bool = False) -> None:
         kind = TaskEventKind.DROPPED
-        if not give_up(task, kind, reason, self._observers, expected=expected):
+        if not give_up(
+            task, kind, reason, self._observers, expected=expected, history=self._history
+        ):
             return  # cancelled before its moment came
         drain = self._drain  # asked for once: it may end while another thread is here
         if drain is not None:
@@ -359,8 +419,9 @@ class Supervisor(ImmediateTasks):
         if is_over(task):
             return  # it ended while another thread asked for this
         if task.handle is None:  # it waits for its moment
-            if not give_up(task, TaskEventKind.CANCELLED, _BY_USER, self._observers):
-                self.cancel(task)  # or did: the loop has begun it while a thread was here
+            kind, history = TaskEventKind.CANCELLED, self._history
+            if not give_up(task, kind, _BY_USER, self._observers, history=history):
+                self.cancel_task(task)  # or did: the loop has begun it while a thread was here
         elif get_ident() == self._thread:
             assert self._live is not None
             self._live.cancel((task,), _BY_USER)
@@ -384,6 +445,19 @@ class Supervisor(ImmediateTasks):
         self._stop()
         assert live is not None
         live.lose(_LOST)
+
+
+def _key_of(task_id: object) -> tuple[str, int]:
+    """Return the two parts of an id, or those of no task."""
+    if not isinstance(task_id, str):
+        raise InvalidSettingError(
+            "task_id",
+            task_id,
+            expected="the id of a task, a string",
+            instead="get_supervisor().find(task.id)",
+        )
+    run, _, number = task_id.rpartition("-")
+    return run, int(number) if _NUMBER.fullmatch(number) else 0
 
 
 def _new_run_id() -> str:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextvars import Context, ContextVar, Token
-from enum import StrEnum
 from threading import Lock, RLock
+from time import time
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeAlias, cast
 
@@ -28,6 +28,7 @@ from .errors import (
     TaskFailedError,
     TaskNotFinishedError,
 )
+from .info import Progress, Record, TaskInfo, TaskStatus, info_of, progress_of, shown_error
 
 __all__ = [
     "RequestEnd",
@@ -40,9 +41,11 @@ __all__ = [
     "current_task",
     "enter",
     "find_current_task",
+    "has_key",
     "is_over",
     "leave",
     "owner_of",
+    "record_of",
     "settle",
     "settle_unbegun",
 ]
@@ -51,19 +54,10 @@ P = ParamSpec("P", default=...)
 T_co = TypeVar("T_co", covariant=True, default=Any)
 
 
-class TaskStatus(StrEnum):
-    """Where a task is in its life; each member equals its lower-case name as a string."""
-
-    PENDING = "pending"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
 # Read for every task, and a module's name is found faster than an enum's member.
 _PENDING = TaskStatus.PENDING
 _RUNNING = TaskStatus.RUNNING
+_SUCCEEDED = TaskStatus.SUCCEEDED
 _CANCELLED = TaskStatus.CANCELLED
 
 _making_events = Lock()
@@ -81,7 +75,7 @@ class Stray(Protocol):
 class TaskOwner(Protocol):
     """What a task needs from whoever runs it."""
 
-    def cancel(self, task: Task) -> bool:
+    def cancel_task(self, task: Task) -> bool:
         """Ask for the task's cancellation; return ``False`` if it is over already."""
         ...
 
@@ -122,10 +116,15 @@ class Task(Generic[P, T_co]):
     __slots__ = (
         "__weakref__",
         "_attempt",
+        "_begun_at",
+        "_created_at",
+        "_ended_at",
         "_error",
         "_finished",
         "_id",
+        "_name",
         "_owner",
+        "_progress",
         "_result",
         "_started",
         "_status",
@@ -191,8 +190,14 @@ class Task(Generic[P, T_co]):
         """How the request ends that the task was scheduled on, until the task is over."""
         self._owner = owner
         self._id = id
+        self._name: str | None = None
         self._status = _PENDING
         self._attempt = 0
+        self._progress: Progress | None = None
+        # By the clock of the machine, in seconds: whoever reads them is elsewhere.
+        self._created_at = time()
+        self._begun_at: float | None = None
+        self._ended_at: float | None = None
         self._result: Any = None
         self._error: BaseException | None = None
         self._traceback: TracebackType | None = None
@@ -209,7 +214,10 @@ class Task(Generic[P, T_co]):
     @property
     def name(self) -> str:
         """The configured name, else the function's qualified name; fit to be printed."""
-        return printable(self.config.name or qualified_name(self.func))
+        name = self._name
+        if name is None:  # it is asked for when the task is started, and when it is over
+            name = self._name = printable(self.config.name or qualified_name(self.func))
+        return name
 
     @property
     def status(self) -> TaskStatus:
@@ -220,6 +228,37 @@ class Task(Generic[P, T_co]):
     def attempt(self) -> int:
         """Which run of the function is the latest: 0 before the first one has begun."""
         return self._attempt
+
+    @property
+    def progress(self) -> Progress | None:
+        """How far the latest attempt has come, by :meth:`set_progress`; ``None``: it says nothing.
+
+        A new attempt begins without one, as it begins the work anew.
+        """
+        return self._progress
+
+    def set_progress(
+        self, done: float, total: float | None = None, message: str | None = None
+    ) -> None:
+        """Say how far the task has come, in place of what was said before; from any thread.
+
+        :param done: how much is done, in any unit: files, bytes, a share; 0 or more. It may be
+            more than ``total``: a wrong guess is no reason to fail
+        :param total: how much there is to do, in the same unit, more than 0; ``None``, the
+            default: nobody knows
+        :param message: what the task is doing, for those who read its status; of more than 1000
+            characters the first ones are kept
+        :raises InvalidSettingError: one of them has a value that it cannot have
+        """
+        self._progress = progress_of(done, total, message)
+
+    def info(self) -> TaskInfo:
+        """Return what the task is like now, as a model for an API, from any thread.
+
+        It has no argument, no result and no traceback. Of the text of an error it has the first
+        1000 characters.
+        """
+        return info_of(record_of(self))
 
     @property
     def response_status(self) -> int | None:
@@ -289,7 +328,7 @@ class Task(Generic[P, T_co]):
 
         :return: ``False`` if the task was over already
         """
-        return self._owner.cancel(self)
+        return self._owner.cancel_task(self)
 
     async def wait(self) -> T_co:
         """Wait until the task is over, and return what the function returned.
@@ -377,6 +416,50 @@ def owner_of(task: Task) -> TaskOwner:
     return task._owner
 
 
+def has_key(task: Task, key: tuple[str, int]) -> bool:
+    """Return whether a task has an id, by its two parts: cheaper than to put one together."""
+    return task._id == key
+
+
+def record_of(task: Task) -> Record:
+    """Return what a task is like now, without anything that leads to it."""
+    if task._status is _SUCCEEDED:  # as most are that anybody keeps
+        return (
+            task._id,
+            task._name or task.name,
+            _SUCCEEDED,
+            task._attempt,
+            task._progress,
+            task._created_at,
+            task._begun_at,
+            task._ended_at,
+            None,
+            None,
+        )
+    # Looked at first. While the loop moves the task on, what belongs to a later status is left out.
+    status = task._status
+    attempt, started = task._attempt, task._begun_at
+    ended: float | None = None
+    error: BaseException | None = None
+    if status is _PENDING:
+        attempt, started = 0, None
+    elif status is not _RUNNING:
+        ended, error = task._ended_at, task._error
+    kind, text = (None, None) if error is None else shown_error(error)
+    return (
+        task._id,
+        task.name,
+        status,
+        attempt,
+        task._progress,
+        task._created_at,
+        started,
+        ended,
+        kind,
+        text,
+    )
+
+
 def enter(task: Task | None) -> Token[Task | None]:
     """Make a task the current one of the calling context, or none of them."""
     return _current.set(task)
@@ -395,6 +478,10 @@ def begin(task: Task) -> bool:
     with _giving_up:
         if is_over(task):
             return False
+        if task._begun_at is None:
+            task._begun_at = time()
+        else:
+            task._progress = None
         task._status = _RUNNING
     task._attempt += 1
     if task._started is not None:
@@ -419,7 +506,8 @@ def settle(
     if error is not None:
         task._error = error
         task._traceback = error.__traceback__
-    task._status = status
+    task._ended_at = time()
+    task._status = status  # last: whoever sees it sees the rest, too
     event = task._finished
     if event is None:
         return False

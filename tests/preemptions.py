@@ -40,7 +40,17 @@ from fastapi_tasks.spawn import Handle, Spawner, current_spawner
 PATIENCE = 10.0
 NEVER = 10**9  # lines: more than any call has
 MARGIN = 10  # lines that a call may have more if it is interrupted
-MODULES = ("drain", "inbox", "live", "runner", "scheduler", "spawn", "supervisor", "tasks")
+MODULES = (
+    "drain",
+    "history",
+    "inbox",
+    "live",
+    "runner",
+    "scheduler",
+    "spawn",
+    "supervisor",
+    "tasks",
+)
 FILES = {str(Path(fastapi_tasks.__file__).with_name(f"{name}.py")) for name in MODULES}
 ENDS = {
     TaskEventKind.FINISHED: TaskStatus.SUCCEEDED,
@@ -142,12 +152,20 @@ class WatchedLock:
         self._lock.release()
 
 
+class OpenRequest(TasksScheduler):
+    """The tasks of a request, as the supervisor of an app knows them."""
+
+    def end_response(self) -> None:  # pragma: no cover - traced
+        """Release what waits for the response."""
+        self.response_over(failed=False)
+
+
 class Case:
     """A supervisor in some state, with a task or without one.
 
     :param state: ``new``, ``running`` or ``stopped``
-    :param has: ``none``, a task of a ``batch``, one that is ``live``, or such a one that is
-        ``failing`` and has an error handler
+    :param has: ``none``, a task of a ``batch``, one of a ``request`` that is open, one that is
+        ``live``, or such a one that is ``failing`` and has an error handler
     :param shielded: whether it is, or the one that will be scheduled
     """
 
@@ -158,13 +176,14 @@ class Case:
         self.events: list[TaskEvent] = []
         self.reports: list[DrainReport] = []
         self.answers: list[bool] = []
+        self.found: list[bool] = []
         self.asked_to_cancel = False
         self.is_interrupted = False
         self.is_drained_live = False
         self.is_released = False
         self.supervisor = Supervisor(observers=[self._observe])
         self.supervisor._inbox._lock = WatchedLock()
-        self.request = TasksScheduler(self.supervisor)
+        self.request = OpenRequest(self.supervisor)
         self.now = self.supervisor.task(shield=shielded)
         self.later = self.request.after_response.task(shield=shielded)
         self.tasks: list[Task] = []
@@ -182,7 +201,9 @@ class Case:
         if self.state == "stopped":
             await self.supervisor.drain()
             self.reports.clear()
-        if self.has == "batch":
+        if self.has == "request":
+            self.supervisor.open(self.request)
+        if self.has in {"batch", "request"}:
             self.tasks.append(self.later.schedule(self.gate.wait))
         elif self.has != "none":
             live = self.gate.wait if self.has == "live" else self._fail
@@ -215,7 +236,10 @@ class Case:
 
     def look(self) -> None:  # pragma: no cover - traced
         self.supervisor.running  # noqa: B018 - it must not fail
+        self.supervisor.recent  # noqa: B018 - it must not fail
         self.tasks[0].started.is_set()
+        if self.has != "batch":  # of which the supervisor has not heard
+            self.found.append(self.supervisor.find(self.tasks[0].id) is not None)
 
     # What the loop does beside these
 
@@ -281,6 +305,7 @@ class Case:
             if self.begin_waiting.is_set():
                 await self.has_waited.wait()
         assert self.supervisor.running == ()
+        assert all(self.found), "it was nowhere for a moment"
         for task in self.tasks:
             self._check(task)
 
@@ -359,6 +384,7 @@ _MATRIX: list[tuple[str, str, list[str], list[str]]] = [
         ["drain", "interrupt", "restart", "release", "cancel", "wait"],
     ),
     ("running", "batch", ["schedule", "look"], ["release"]),
+    ("running", "request", ["look"], ["release", "drain", "cancel"]),
     ("running", "live", ["cancel", "look"], ["drain", "interrupt", "restart", "finish", "cancel"]),
     ("running", "failing", ["cancel"], ["finish", "drain"]),
     ("new", "none", ["schedule", "schedule_later"], ["start"]),

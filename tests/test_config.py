@@ -418,6 +418,11 @@ BAD_SETTINGS: list[Any] = [
     ("max_tasks", True, "bool"),
     ("max_tasks", 1.5, "float"),
     ("max_tasks", "many", "str"),
+    ("history", -1, "int"),
+    ("history", True, "bool"),
+    ("history", 1.5, "float"),
+    ("history", None, "NoneType"),
+    ("history", 10**30, "int"),
 ]
 
 
@@ -633,6 +638,8 @@ def test_a_shutdown_cannot_be_over_before_its_grace() -> None:
         {"grace": 3.5, "shutdown_timeout": None, "threads": 1},
         {"max_tasks": 1},
         {"max_tasks": None},
+        {"history": 0},
+        {"history": 1},
     ],
 )
 def test_settings_at_their_limits_are_taken(settings: dict[str, Any]) -> None:

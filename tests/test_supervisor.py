@@ -603,11 +603,11 @@ async def test_what_a_thread_cancels_while_the_loop_begins_it_is_cancelled(
         batch.release(failed=False)
         await task.started.wait()
 
-    def interrupt(*args: object) -> Any:
+    def interrupt(*args: object, **options: object) -> Any:
         if next(calls) == calls_before:
             monkeypatch.undo()
             anyio.from_thread.run(start_and_release)
-        return take_step(*args)
+        return take_step(*args, **options)
 
     monkeypatch.setattr(supervisor_module, step, interrupt)
     assert await anyio.to_thread.run_sync(task.cancel)

@@ -150,10 +150,10 @@ class LiveTasks:
         :param tasks: live ones
         """
         for task in tasks:
+            self._history.note(task)  # first, as below
             del self._tasks[task.handle]
             self._spawner.abandon(task.handle)
             task.abandoned = True
-            self._history.note(task)
 
     def forget_ended(self) -> None:
         """Forget the tasks that only wait for the loop to say that they are over."""
@@ -166,8 +166,7 @@ class LiveTasks:
 
         :param reason: why, for the records
         """
-        tasks, self._tasks = self._tasks, {}
-        for task in tasks.values():
+        for task in self.all():
             is_lost = not is_over(task)
             if is_lost:
                 settle(task, TaskStatus.CANCELLED)

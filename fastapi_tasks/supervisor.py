@@ -441,10 +441,11 @@ class Supervisor(ImmediateTasks):
 
     def _lose_loop(self) -> None:
         """Give up what ran in a loop that was closed before anybody drained the supervisor."""
-        live, self._live = self._live, None
+        live = self._live
         self._stop()
         assert live is not None
         live.lose(_LOST)
+        self._live = None
 
 
 def _key_of(task_id: object) -> tuple[str, int]:

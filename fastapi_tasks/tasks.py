@@ -482,8 +482,8 @@ def begin(task: Task) -> bool:
             task._begun_at = time()
         else:
             task._progress = None
-        task._status = _RUNNING
-    task._attempt += 1
+        task._attempt += 1
+        task._status = _RUNNING  # last, as in settle()
     if task._started is not None:
         task._started.set()
     return True

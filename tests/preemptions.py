@@ -32,6 +32,7 @@ from fastapi_tasks import (
     Task,
     TaskEvent,
     TaskEventKind,
+    TaskInfo,
     TasksScheduler,
     TaskStatus,
 )
@@ -176,7 +177,7 @@ class Case:
         self.events: list[TaskEvent] = []
         self.reports: list[DrainReport] = []
         self.answers: list[bool] = []
-        self.found: list[bool] = []
+        self.found: list[TaskInfo | None] = []
         self.asked_to_cancel = False
         self.is_interrupted = False
         self.is_drained_live = False
@@ -223,6 +224,10 @@ class Case:
     def schedule(self) -> None:  # pragma: no cover - traced
         self.tasks.append(self.now.schedule(self.gate.wait))
 
+    def schedule_and_find(self) -> None:  # pragma: no cover - traced
+        self.schedule()
+        self.found.append(self.supervisor.find(self.tasks[0].id))
+
     def schedule_later(self) -> None:  # pragma: no cover - traced
         self.tasks.append(self.later.schedule(self.gate.wait))
 
@@ -239,7 +244,7 @@ class Case:
         self.supervisor.recent  # noqa: B018 - it must not fail
         self.tasks[0].started.is_set()
         if self.has != "batch":  # of which the supervisor has not heard
-            self.found.append(self.supervisor.find(self.tasks[0].id) is not None)
+            self.found.append(self.supervisor.find(self.tasks[0].id))
 
     # What the loop does beside these
 
@@ -305,7 +310,13 @@ class Case:
             if self.begin_waiting.is_set():
                 await self.has_waited.wait()
         assert self.supervisor.running == ()
-        assert all(self.found), "it was nowhere for a moment"
+        for info in self.found:
+            assert info is not None, "it was nowhere for a moment"
+            has_begun, is_over = info.started is not None, info.finished is not None
+            story = f"it was {info!r}"
+            assert has_begun is (info.attempt > 0), story
+            assert has_begun is (info.status != "pending") or is_over, story
+            assert is_over is (info.status not in {"pending", "running"}), story
         for task in self.tasks:
             self._check(task)
 
@@ -376,6 +387,7 @@ def scenarios() -> Iterator[Scenario]:
 
 _MATRIX: list[tuple[str, str, list[str], list[str]]] = [
     ("running", "none", ["schedule"], ["drain", "interrupt", "restart"]),
+    ("running", "none", ["schedule_and_find"], ["drain", "finish"]),
     ("running", "none", ["schedule_later"], ["drain", "release", "restart"]),
     (
         "running",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import math
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +32,7 @@ from fastapi_tasks import (
     TaskEventKind,
     TaskInfo,
     Tasks,
+    TasksScheduler,
     TaskStatus,
     add_tasks,
     current_task,
@@ -38,8 +41,6 @@ from fastapi_tasks import (
 from fastapi_tasks import tasks as tasks_module
 
 from . import asgi, load
-from .clocks import Backend
-from .conftest import BACKENDS
 from .private import SECRET
 from .recording import idle, until
 from .servers import PATIENCE
@@ -374,11 +375,13 @@ async def test_recent_has_those_that_are_over_and_running_has_the_others() -> No
         )
 
     checked: list[tuple[int, int]] = []
+    gate = anyio.Event()
     supervisor = Supervisor(observers=[look])
     async with supervisor:
-        task = supervisor.schedule(churn)
+        task = supervisor.schedule(gate.wait)
         await task.started.wait()
         check()
+        gate.set()
         await over(task)
         check()
         await idle(supervisor)
@@ -454,27 +457,53 @@ async def test_a_task_that_was_abandoned_is_remembered_as_it_was() -> None:
     await over(task)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_tasks_of_a_loop_that_was_closed_are_remembered_once(backend: Backend) -> None:
-    """As cancelled, when the next one starts."""
+def test_tasks_of_a_loop_that_was_closed_are_remembered() -> None:
+    """Those that ran as cancelled, when the next one starts; those that had failed as that."""
+    handling = asyncio.Event()
+
+    async def handle(task: Task, error: Exception) -> None:
+        handling.set()
+        await anyio.sleep_forever()
+
     supervisor = Supervisor()
-    tasks: list[Task] = []
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(supervisor.start())
+    running, failed = supervisor.schedule(ripen), supervisor.task(on_error=handle).schedule(spill)
+    loop.run_until_complete(handling.wait())
+    loop.close()
 
-    async def leave() -> None:
-        await supervisor.start()
-        tasks.append(supervisor.schedule(ripen))
-        await tasks[0].started.wait()
-
-    async def start_anew() -> None:
+    async def main() -> None:
         async with supervisor:
-            assert [info.status for info in supervisor.recent] == ["cancelled"]
-            assert supervisor.find(tasks[0].id) == tasks[0].info()
+            assert supervisor.recent == (running.info(), failed.info())
+            assert supervisor.find(running.id) == running.info()
 
-    with load.silence():
-        for main in (leave, start_anew):
-            anyio.run(main, backend=backend[0], backend_options=backend[1])
-        gc.collect()
-    assert len(supervisor.recent) == 1
+    asyncio.run(main())
+    assert [info.status for info in supervisor.recent] == ["cancelled", "failed"]
+    assert all(info.finished is not None for info in supervisor.recent)
+
+
+async def test_no_task_is_missed_while_the_loop_takes_what_threads_have_asked_for() -> None:
+    """There are several of them, and one after the other gets its turn."""
+    found: list[bool] = []
+
+    def look(event: TaskEvent) -> None:
+        if event.kind is TaskEventKind.CANCELLED:
+            found.append(supervisor.find(scheduled[0].id) is not None)
+
+    def ask() -> None:
+        waiting.cancel()
+        scheduled.append(supervisor.schedule(churn))
+
+    scheduled: list[Task] = []
+    supervisor = Supervisor(observers=[look])
+    async with supervisor:
+        waiting = TasksScheduler(supervisor).after_response.schedule(churn)
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()  # before the loop can take anything
+        await over(waiting, *scheduled)
+
+    assert found == [True]
 
 
 @pytest.mark.parametrize("size", [0, 1, 3])

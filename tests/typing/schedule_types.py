@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncIterator, Awaitable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, assert_type
 
 from fastapi import FastAPI
@@ -15,12 +15,14 @@ from fastapi import FastAPI
 from fastapi_tasks import (
     BoundTasks,
     DrainReport,
+    Progress,
     Retry,
     Supervisor,
     Task,
     TaskConfig,
     TaskErrorHandler,
     TaskEvent,
+    TaskInfo,
     Tasks,
     TaskStatus,
     add_tasks,
@@ -77,6 +79,15 @@ async def the_types_of_a_call_go_into_its_task(tasks: Tasks, parcel: Parcel) -> 
     assert_type(tasks.after_route.schedule(weigh, parcel).result(), float)
     assert_type(tasks.after_response.schedule(label, parcel, copies=1).result(), str)
     assert_type(weighing.status, TaskStatus)
+    assert_type(weighing.info(), TaskInfo)
+    assert_type(weighing.info().finished, datetime | None)
+    assert_type(weighing.progress, Progress | None)
+    weighing.set_progress(1, total=2.5, message="on the scale")
+    weighing.set_progress("half")  # type: ignore[arg-type]
+    assert_type(tasks.supervisor.recent, tuple[TaskInfo, ...])
+    assert_type(tasks.supervisor.find(weighing.id), TaskInfo | None)
+    assert_type(tasks.supervisor.cancel(weighing.id), bool)
+    tasks.supervisor.cancel(weighing)  # type: ignore[arg-type]
     assert_type(weighing.exception(), BaseException | None)
 
 

@@ -422,7 +422,6 @@ BAD_SETTINGS: list[Any] = [
     ("history", True, "bool"),
     ("history", 1.5, "float"),
     ("history", None, "NoneType"),
-    ("history", 10**30, "int"),
 ]
 
 

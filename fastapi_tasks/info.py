@@ -5,7 +5,6 @@ The supervisor keeps what is over as a :data:`Record`, which is several times ch
 
 from __future__ import annotations
 
-import math
 import sys
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -156,13 +155,11 @@ def _is_number(value: object) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     # An integer may be larger than what others than Python take for a number.
-    return 0 <= value <= sys.float_info.max and not math.isnan(value)
+    return 0 <= value <= sys.float_info.max
 
 
-def shown_error(error: BaseException | None) -> tuple[str | None, str | None]:
+def shown_error(error: BaseException) -> tuple[str, str]:
     """Return the type and the text of an error, in what nothing of the error is left."""
-    if error is None:
-        return None, None
     try:
         text = _short(str(error))
     except KeyboardInterrupt:

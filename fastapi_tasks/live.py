@@ -60,6 +60,7 @@ class LiveTasks:
         self._observers = observers
         self._history = history
         self._tasks: dict[Handle, Task] = {}
+        self._abandoned: dict[Handle, Task] = {}
         self._requests: set[OpenRequest] = set()
         self._empty: anyio.Event | None = None
         self.on_over: Callable[[Task], None] | None = None
@@ -151,7 +152,7 @@ class LiveTasks:
         """
         for task in tasks:
             self._history.note(task)  # first, as below
-            del self._tasks[task.handle]
+            self._abandoned[task.handle] = self._tasks.pop(task.handle)
             self._spawner.abandon(task.handle)
             task.abandoned = True
 
@@ -170,7 +171,7 @@ class LiveTasks:
             is_lost = not is_over(task)
             if is_lost:
                 settle(task, TaskStatus.CANCELLED)
-                task.handle = task.context = task.request_end = None
+                _let_go(task)
             self._history.note(task)
             if is_lost:
                 event = TaskEvent(TaskEventKind.DROPPED, (task,), reason=reason)
@@ -193,7 +194,11 @@ class LiveTasks:
     def _over(self, handle: Handle) -> None:
         task = self._tasks.get(handle)
         if task is None:
-            return  # abandoned or forgotten before
+            abandoned = self._abandoned.pop(handle, None)
+            if abandoned is not None:  # else it was forgotten before
+                self._history.note(abandoned)  # once more, as what it has become
+                _let_go(abandoned)
+            return
         # Somebody else may have cancelled it before its first step, which on asyncio then never
         # comes.
         try:
@@ -202,9 +207,7 @@ class LiveTasks:
             self._history.note(task)  # first: threads that look for it look here and then there
         finally:
             del self._tasks[handle]
-        # The context refers to the task, and so may the request's error, by the endpoint's frame:
-        # they would wait for the garbage collector.
-        task.handle = task.context = task.request_end = None
+        _let_go(task)
         if self.on_over is not None:
             self.on_over(task)
         self._wake_if_empty()
@@ -215,6 +218,15 @@ class LiveTasks:
     def _wake_if_empty(self) -> None:
         if self._empty is not None and self._is_empty():
             self._empty.set()
+
+
+def _let_go(task: Task) -> None:
+    """Take from a task what it needed to run.
+
+    The context refers to the task, and so may the request's error, by the endpoint's frame: they
+    would wait for the garbage collector.
+    """
+    task.handle = task.context = task.request_end = None
 
 
 def _has_ended(task: Task) -> bool:

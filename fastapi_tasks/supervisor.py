@@ -214,7 +214,7 @@ class Supervisor(ImmediateTasks):
         """The latest tasks that are over, at most ``history`` of them, the newest last.
 
         One that was dropped, or cancelled before it began, is there too. One that was abandoned at
-        a shutdown is there with the status that it had then, since it may still be running. They
+        a shutdown is there too, with the status that it had then until it ends. They
         are no tasks but what there was to tell of them: what tasks got and returned is let go.
         """
         live = self._live

@@ -42,17 +42,24 @@ class LiveTasks:
     :param spawner: the loop's
     :param runner: what runs each task
     :param observers: who is told
+    :param listeners: are called with each task that is over
     """
 
-    def __init__(self, spawner: Spawner, runner: Runner, observers: Observers) -> None:
+    def __init__(
+        self,
+        spawner: Spawner,
+        runner: Runner,
+        observers: Observers,
+        listeners: list[Callable[[Task], None]],
+    ) -> None:
         self._spawner = spawner
         self._runner = runner
         self._observers = observers
         self._tasks: dict[Handle, Task] = {}
         self._requests: set[OpenRequest] = set()
         self._empty: anyio.Event | None = None
-        self.on_over: Callable[[Task], None] | None = None
-        """Is called with each task that is over, if anybody keeps count."""
+        self.listeners = listeners
+        """Are called with each task that is over: those who keep count."""
 
     def tasks(self, *, shielded: bool | None = None) -> tuple[Task, ...]:
         """Return the tasks that have something left to do, the oldest first.
@@ -115,6 +122,10 @@ class LiveTasks:
         for request in self._requests.copy():
             request.end_response()
 
+    def waiting_requests(self) -> int:
+        """Return how many requests have tasks that wait for one of their moments."""
+        return sum(request.has_waiting() for request in self._requests)
+
     def drop_waiting(self, reason: str) -> None:
         """Give up what still waits for a moment of its request, and wait for no request more."""
         requests, self._requests = self._requests, set()
@@ -158,7 +169,8 @@ class LiveTasks:
             left = moment - anyio.current_time()
             if left <= 0:
                 return False
-            self._empty = anyio.Event()
+            if self._empty is None or self._empty.is_set():
+                self._empty = anyio.Event()  # others may wait for the one that there is
             with anyio.move_on_after(left):
                 await self._empty.wait()
         return True
@@ -173,8 +185,8 @@ class LiveTasks:
         # The context refers to the task, and so may the request's error, by the endpoint's frame:
         # they would wait for the garbage collector.
         task.handle = task.context = task.request_end = None
-        if self.on_over is not None:
-            self.on_over(task)
+        for listener in self.listeners:
+            listener(task)
         self._wake_if_empty()
 
     def _is_empty(self) -> bool:

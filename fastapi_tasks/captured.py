@@ -6,7 +6,7 @@ import functools
 import inspect
 import reprlib
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, cast, overload
 
 from .callables import qualified_name
 from .observer import TaskEvent, TaskEventKind
@@ -168,7 +168,7 @@ def _plain(
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """Return the call that a call of partials ends in."""
     while isinstance(func, functools.partial):
-        part: functools.partial[Any] = func
+        part = cast(Any, func)
         func, args, kwargs = part.func, part.args + args, part.keywords | kwargs
     return func, args, kwargs
 

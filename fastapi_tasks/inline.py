@@ -7,6 +7,7 @@ from collections import deque
 from contextvars import Context, ContextVar, Token
 from dataclasses import replace
 from threading import Event
+from typing import cast
 
 import anyio
 import anyio.from_thread
@@ -161,7 +162,7 @@ class Inline:
         if supervisor.is_here and supervisor.has_loop:
             return
         if supervisor.has_loop:
-            if self._run_id != supervisor.run_id or supervisor.running:
+            if self._run_id is None or self._run_id != supervisor.run_id or supervisor.running:
                 raise MisusedTestToolError(
                     "the app's tasks run in another event loop than this request",
                     instead="with TestClient(app) as client: ...  # and every request by client",
@@ -234,7 +235,7 @@ def _hurried(config: TaskConfig) -> TaskConfig:
 
 def _without_wait(on: RetryOn) -> RetryOn:
     if isinstance(on, type | tuple):
-        return on
+        return cast(RetryOn, on)
     ask = on
 
     def answer(error: Exception) -> bool | Duration:

@@ -253,3 +253,7 @@ def _raise(failures: list[Exception]) -> None:
         raise failures[0]
     if failures:
         raise ExceptionGroup(f"{len(failures)} failures of tasks", failures)
+
+
+for _public in (CapturedTasks, TasksOfMoment):
+    _public.__module__ = __name__  # whoever meets one in a traceback finds the module to import

@@ -29,7 +29,7 @@ class _Request:
     def __init__(self) -> None:
         self.queue: deque[Task] = deque()
         self.live: set[Task] = set()
-        self.idle: anyio.Event | None = None
+        self.idle = anyio.Event()
         self.is_over = False
         self.token: Token[_Request | None] = _request.set(self)
 
@@ -49,6 +49,7 @@ class Inline:
         self._configs: dict[Task, TaskConfig] = {}
         self._waiting: dict[Task, Event] = {}
         self._run_id: str | None = None
+        self._is_closed = False
         self.failures: list[Exception] = []
         """What tasks and their error handlers have raised."""
 
@@ -100,7 +101,7 @@ class Inline:
         request = self._requests.pop(task, None)
         if request is not None:
             request.live.discard(task)
-            if request.idle is not None and not request.live:
+            if not request.live:
                 request.idle.set()
         waiting = self._waiting.pop(task, None)
         if waiting is not None:
@@ -130,6 +131,9 @@ class Inline:
 
     def close(self) -> tuple[Task, ...]:
         """Stop the supervisor, unless it is a lifespan's; return the tasks that this cuts off."""
+        self._is_closed = True
+        for request in set(self._requests.values()):
+            self._supervisor.wake(request.idle)  # what goes on, does so without us
         return () if self._run_id is None else self._supervisor.end(self._run_id)
 
     def _submit_outside(self, task: Task) -> None:
@@ -193,11 +197,11 @@ class Inline:
 
     async def _settle(self, request: _Request | None) -> None:
         """Run a request's tasks one after the other, with those that they schedule."""
-        assert request is not None
-        while request.live or request.queue:
+        if request is None:
+            return  # it had begun before anybody stood in
+        while (request.live or request.queue) and not self._is_closed:
             if request.live:
-                if request.idle is None or request.idle.is_set():
-                    request.idle = anyio.Event()
+                request.idle = anyio.Event()
                 await request.idle.wait()
             else:
                 self._start(request.queue.popleft(), request)

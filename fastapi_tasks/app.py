@@ -163,10 +163,15 @@ class TasksMiddleware:
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 connection.sent = True
 
+        stand_in = connection.supervisor.stand_in
+        if stand_in is not None:
+            stand_in.begin_request()
         try:
             await self._app(scope, receive, sending)
         finally:
             connection.close()
+            if stand_in is not None:
+                await stand_in.end_request()
 
     async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection = self._open(scope)

@@ -100,7 +100,7 @@ class Drain:
         self._abandoned: list[Task] = []
         self._never_started: list[Task] = []
         live.forget_ended()  # before anybody counts
-        live.on_over = self.note_over
+        live.listeners.append(self.note_over)
 
     async def run(self) -> None:
         """Take the steps, until no task is live."""
@@ -135,7 +135,7 @@ class Drain:
             anyio.current_time() - self._start,
         )
         # Else both keep each other, and the tasks, until the garbage collector comes.
-        self._live.on_over = None
+        self._live.listeners.remove(self.note_over)
         self._observers.tell(TaskEvent(TaskEventKind.DRAIN_FINISHED, report=report))
         return report
 

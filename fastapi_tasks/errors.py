@@ -7,7 +7,9 @@
     ├── AddTasksError                       ``add_tasks`` was called in a way that cannot work
     ├── InvalidSettingError                 a setting cannot have that value (a ValueError)
     ├── InvalidTaskError                    that cannot be run as a task (a TypeError)
+    ├── MisusedTestToolError                a tool of ``testing`` was used in a way that cannot work
     ├── NoCurrentTaskError                  there is no current task here (a LookupError)
+    ├── StillBusyError                      tasks did not end in the time of a test (a TimeoutError)
     ├── SupervisorStateError                a supervisor was started or drained at the wrong time
     ├── TaskCancelledError                  the result of a cancelled task was asked for
     ├── TaskFailedError                     the task ended with what must not end its caller
@@ -35,7 +37,9 @@ __all__ = [
     "FastAPITasksUninitializedAppError",
     "InvalidSettingError",
     "InvalidTaskError",
+    "MisusedTestToolError",
     "NoCurrentTaskError",
+    "StillBusyError",
     "SupervisorStateError",
     "TaskCancelledError",
     "TaskFailedError",
@@ -75,6 +79,7 @@ class UninitializedReason(Enum):
         "Tasks cannot be scheduled: add_tasks(app) was called, but the app's lifespan has\n"
         "not run, and it is the lifespan that starts the supervisor. How is the app served?\n"
         "  TestClient without a with block:  with TestClient(app) as client: ...\n"
+        "  a test that needs no lifespan:    with fastapi_tasks.testing.run_inline(app): ...\n"
         "  ASGITransport on its own:         async with asgi_lifespan.LifespanManager(app): ...\n"
         "  app.router.lifespan_context:      async with get_supervisor(app): ...  around it\n"
         "  mounted in another app:           add_tasks(outer_app), whose lifespan is the one run\n"
@@ -173,6 +178,17 @@ class InvalidTaskError(FastAPITasksError, TypeError):
         super().__init__(f"Expected {expected}; got {got}. Write instead: {instead}")
 
 
+class MisusedTestToolError(FastAPITasksError, RuntimeError):
+    """Something of :mod:`fastapi_tasks.testing` was used in a way that cannot work.
+
+    :param problem: what is wrong
+    :param instead: the line to write instead
+    """
+
+    def __init__(self, problem: str, *, instead: str) -> None:
+        super().__init__(f"fastapi_tasks.testing: {problem}. Write instead: {instead}")
+
+
 class NoCurrentTaskError(FastAPITasksError, LookupError):
     """:func:`~fastapi_tasks.current_task` was called outside of a task."""
 
@@ -181,6 +197,21 @@ class NoCurrentTaskError(FastAPITasksError, LookupError):
             "current_task() works inside a task only, that is in a function that was handed to "
             "schedule(). In an endpoint, keep what schedule() returned: "
             "task = tasks.schedule(func)"
+        )
+
+
+class StillBusyError(FastAPITasksError, TimeoutError):
+    """Tasks had not ended when a test would not wait for them any longer.
+
+    :param live: the live tasks, described
+    :param requests: how many requests have tasks that wait for their moments
+    :param seconds: how long it was waited for
+    """
+
+    def __init__(self, live: str, requests: int, seconds: float) -> None:
+        super().__init__(
+            f"After {seconds:g} s there are still tasks. Live: {live or 'none'}; "
+            f"requests with tasks that wait for their moments: {requests}"
         )
 
 

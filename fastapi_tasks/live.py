@@ -50,10 +50,16 @@ class LiveTasks:
     :param runner: what runs each task
     :param observers: who is told
     :param history: what remembers those that are over
+    :param listeners: are called with each task that is over
     """
 
     def __init__(
-        self, spawner: Spawner, runner: Runner, observers: Observers, history: History
+        self,
+        spawner: Spawner,
+        runner: Runner,
+        observers: Observers,
+        history: History,
+        listeners: list[Callable[[Task], None]],
     ) -> None:
         self._spawner = spawner
         self._runner = runner
@@ -63,8 +69,8 @@ class LiveTasks:
         self._abandoned: dict[Handle, Task] = {}
         self._requests: set[OpenRequest] = set()
         self._empty: anyio.Event | None = None
-        self.on_over: Callable[[Task], None] | None = None
-        """Is called with each task that is over, if anybody keeps count."""
+        self.listeners = listeners
+        """Are called with each task that is over: those who keep count."""
 
     def tasks(self, *, shielded: bool | None = None) -> tuple[Task, ...]:
         """Return the tasks that have something left to do, the oldest first.
@@ -139,6 +145,10 @@ class LiveTasks:
         for request in self._requests.copy():
             request.end_response()
 
+    def waiting_requests(self) -> int:
+        """Return how many requests have tasks that wait for one of their moments."""
+        return sum(request.has_waiting() for request in self._requests)
+
     def drop_waiting(self, reason: str) -> None:
         """Give up what still waits for a moment of its request, and wait for no request more."""
         requests, self._requests = self._requests, set()
@@ -186,7 +196,8 @@ class LiveTasks:
             left = moment - anyio.current_time()
             if left <= 0:
                 return False
-            self._empty = anyio.Event()
+            if self._empty is None or self._empty.is_set():
+                self._empty = anyio.Event()  # others may wait for the one that there is
             with anyio.move_on_after(left):
                 await self._empty.wait()
         return True
@@ -208,8 +219,8 @@ class LiveTasks:
         finally:
             del self._tasks[handle]
         _let_go(task)
-        if self.on_over is not None:
-            self.on_over(task)
+        for listener in self.listeners:
+            listener(task)
         self._wake_if_empty()
 
     def _is_empty(self) -> bool:

@@ -92,16 +92,30 @@ class TaskObserver(Protocol):
 class Observers:
     """The observers of one supervisor, the log first."""
 
-    __slots__ = ("_observers", "_watched")
+    __slots__ = ("_before", "_observers", "_watched")
 
     def __init__(self, observers: Sequence[TaskObserver]) -> None:
         self._observers: tuple[TaskObserver, ...] = (keep_log, *observers)
         self._watched = bool(observers)
+        self._before: list[tuple[tuple[TaskObserver, ...], bool]] = []
 
     @property
     def watch_routine(self) -> bool:
         """Whether anybody wants to hear of what happens to every task that goes well."""
         return self._watched or logger.isEnabledFor(logging.DEBUG)
+
+    def join(self, observer: TaskObserver) -> None:
+        """Tell one more observer, from now on, of everything.
+
+        :param observer: one that has not joined
+        """
+        self._before.append((self._observers, self._watched))
+        self._observers = (*self._observers, observer)
+        self._watched = True
+
+    def leave(self) -> None:
+        """Tell the observer no more that joined last."""
+        self._observers, self._watched = self._before.pop()
 
     def tell(self, event: TaskEvent) -> None:
         """Tell every observer of an event, whatever the others do."""

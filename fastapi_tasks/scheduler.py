@@ -9,7 +9,7 @@ from contextlib import suppress
 from .bound import BoundTasks, ImmediateTasks
 from .config import INHERIT_ALL, TaskConfig
 from .supervisor import Supervisor
-from .tasks import RequestEnd, Task
+from .tasks import Moment, RequestEnd, Task
 
 __all__ = ["TasksBatch", "TasksScheduler"]
 
@@ -22,20 +22,23 @@ class TasksBatch(BoundTasks):
     :param supervisor: where the tasks run
     :param inherited: the app's configuration
     :param end: how the request ends
+    :param moment: which moment that is
     :param endpoint: the endpoint that schedules them, if there is one
     """
 
-    __slots__ = ("_end", "_failed", "_taken", "_waiting")
+    __slots__ = ("_end", "_failed", "_moment", "_taken", "_waiting")
 
     def __init__(
         self,
         supervisor: Supervisor,
         inherited: TaskConfig,
         end: RequestEnd,
+        moment: Moment,
         endpoint: object,
     ) -> None:
         super().__init__(supervisor, inherited, INHERIT_ALL, endpoint)
         self._end: RequestEnd | None = end
+        self._moment: Moment = moment
         self._waiting: deque[Task] = deque()
         self._taken: Task | None = None
         self._failed: bool | None = None
@@ -100,6 +103,7 @@ class TasksBatch(BoundTasks):
 
     def _place(self, task: Task) -> None:
         task.request_end = self._end
+        task.moment = self._moment
         self._waiting.append(task)
         # Looked at afterwards: a release in another thread sees the task, or this one sees it.
         if self._failed is not None:
@@ -132,10 +136,10 @@ class TasksScheduler(ImmediateTasks):
         self._supervisor = supervisor
         end = RequestEnd()
         self._end: RequestEnd | None = end
-        self.after_route = TasksBatch(supervisor, inherited, end, endpoint)
+        self.after_route = TasksBatch(supervisor, inherited, end, "after_route", endpoint)
         """Tasks scheduled on it start when the endpoint has returned, before its value is
         serialized."""
-        self.after_response = TasksBatch(supervisor, inherited, end, endpoint)
+        self.after_response = TasksBatch(supervisor, inherited, end, "after_response", endpoint)
         """Tasks scheduled on it start when the response is over: it was sent, or the client is
         gone."""
         self.owes_turn = False

@@ -14,7 +14,7 @@ from contextvars import copy_context
 from enum import Enum, auto
 from threading import get_ident
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import anyio
 
@@ -38,7 +38,7 @@ from .runner import Runner
 from .spawn import Spawner, current_spawner
 from .tasks import Task, has_key, is_over
 
-__all__ = ["Supervisor"]
+__all__ = ["StandIn", "Supervisor"]
 
 _BY_USER = "its cancel() was called"
 _NOT_RUNNING = "its supervisor is not running; it does from the app's start-up to its shutdown"
@@ -62,6 +62,45 @@ _REFUSALS = {
     _State.CLOSING: "the app is shutting down, and has no time left to run it",
     _State.STOPPED: _NOT_RUNNING,
 }
+
+
+class StandIn(Protocol):
+    """What decides in a supervisor's place about its tasks: for tests, see ``testing``.
+
+    It is asked only if there is one, so that tasks cost the same without.
+    """
+
+    def begin_request(self) -> None:
+        """Take note of a request or WebSocket, in its context."""
+        ...
+
+    async def end_request(self) -> None:
+        """Take note of its end, whatever has ended it; the server waits for this."""
+        ...
+
+    def require_running(self) -> None:
+        """Refuse a request that takes tasks, if they cannot be taken."""
+        ...
+
+    def submit(self, task: Task) -> None:
+        """Take a task whose moment has come, from any thread."""
+        ...
+
+    def expect_waiter(self, task: Task) -> None:
+        """Make sure that whoever is about to wait for a task does not do so in vain."""
+        ...
+
+    def over(self, task: Task) -> None:
+        """Take note of a task that is over, error handler included."""
+        ...
+
+    async def turn(self) -> None:
+        """Do what is due between an endpoint and its response."""
+        ...
+
+    def turn_from_thread(self) -> None:
+        """Do the same from a worker thread that the event loop waits for."""
+        ...
 
 
 class Supervisor(ImmediateTasks):
@@ -121,6 +160,9 @@ class Supervisor(ImmediateTasks):
         self._live: LiveTasks | None = None
         self._drain: Drain | None = None
         self._is_refusing = False
+        self._listeners: list[Callable[[Task], None]] = []
+        self.stand_in: StandIn | None = None
+        """What decides in its place, in a test."""
 
     # Making and starting tasks
 
@@ -153,7 +195,9 @@ class Supervisor(ImmediateTasks):
 
         :param task: one that has not been started
         """
-        if get_ident() == self._thread:
+        if self.stand_in is not None:
+            self.stand_in.submit(task)
+        elif get_ident() == self._thread:
             self._admit(task)
         elif not self._inbox.put(self._admit, task):
             self._drop(task, self._refusal())
@@ -190,6 +234,8 @@ class Supervisor(ImmediateTasks):
 
         :raises WrongEventLoopError: the caller runs in another event loop than the tasks
         """
+        if self.stand_in is not None:
+            self.stand_in.expect_waiter(task)
         if self._thread is None:
             self._spawner = current_spawner()  # the task can still be dropped, in a thread
         elif get_ident() != self._thread:
@@ -253,9 +299,11 @@ class Supervisor(ImmediateTasks):
 
         :raises FastAPITasksUninitializedAppError: it does not, yet or any more
         """
-        if self._state is _State.NEW:
+        if self.stand_in is not None:
+            self.stand_in.require_running()
+        elif self._state is _State.NEW:
             raise FastAPITasksUninitializedAppError(UninitializedReason.NOT_STARTED)
-        if self._state is _State.STOPPED:
+        elif self._state is _State.STOPPED:
             raise FastAPITasksUninitializedAppError(UninitializedReason.STOPPED)
 
     def require_room(self) -> None:
@@ -264,9 +312,8 @@ class Supervisor(ImmediateTasks):
         :raises TooManyTasksError: as many are live, or more
         """
         limit, live = self.settings.max_tasks, self._live
-        if limit is None:
+        if limit is None or live is None:  # nothing is live in a supervisor that never ran
             return
-        assert live is not None
         # Those that have ended may still be there for a turn of the event loop. To leave them out
         # takes a look at each one, so it is done only if it makes a difference.
         most = len(live)
@@ -287,11 +334,17 @@ class Supervisor(ImmediateTasks):
 
     async def turn(self) -> None:
         """Let every task that was started before run to its first await."""
+        if self.stand_in is not None:
+            await self.stand_in.turn()
+            return
         assert self._spawner is not None
         await self._spawner.turn()
 
     def turn_from_thread(self) -> None:
         """Do the same from a worker thread that the event loop waits for."""
+        if self.stand_in is not None:
+            self.stand_in.turn_from_thread()
+            return
         assert self._spawner is not None
         self._spawner.turn_from_thread()
 
@@ -302,6 +355,13 @@ class Supervisor(ImmediateTasks):
 
         :raises SupervisorStateError: the supervisor is running already
         """
+        self.begin()
+
+    def begin(self) -> str:
+        """Do what :meth:`start` does, and return what tells this run from others.
+
+        :raises SupervisorStateError: the supervisor is running already
+        """
         if self._state not in (_State.NEW, _State.STOPPED):
             if self._spawner is not None and not self._spawner.is_closed():
                 raise SupervisorStateError("start() was called while the supervisor is running")
@@ -309,10 +369,13 @@ class Supervisor(ImmediateTasks):
         self._run_id = _new_run_id()
         self._spawner = current_spawner()
         self._runner = Runner(self._spawner, self._observers, self.settings.threads)
-        self._live = LiveTasks(self._spawner, self._runner, self._observers, self._history)
+        self._live = LiveTasks(
+            self._spawner, self._runner, self._observers, self._history, self._listeners
+        )
         self._thread = get_ident()
         self._state = _State.RUNNING
         self._inbox.open(self._spawner)  # last: until then, threads have their tasks dropped
+        return self._run_id
 
     async def drain(self) -> DrainReport:
         """Stop taking unshielded tasks, see all tasks to their end, and stop.
@@ -355,17 +418,98 @@ class Supervisor(ImmediateTasks):
     ) -> None:
         await self.drain()
 
+    # For tests, which no lifespan has to run
+
+    def replace(self, stand_in: StandIn, observer: TaskObserver) -> None:
+        """Let somebody else decide about the tasks, and hear of everything, until :meth:`restore`.
+
+        :param stand_in: who decides
+        :param observer: is told of each event
+        """
+        self.stand_in = stand_in
+        self._listeners.append(stand_in.over)
+        self._observers.join(observer)
+
+    def restore(self) -> None:
+        """Decide about the tasks again."""
+        assert self.stand_in is not None
+        self._listeners.remove(self.stand_in.over)
+        self.stand_in = None
+        self._observers.leave()
+
+    def run_now(self, task: Task) -> bool:
+        """Start a task as if nobody stood in. In the loop's thread only, if there is one.
+
+        :return: whether it was started; else it was dropped, or was over already
+        """
+        self._admit(task)
+        return task.handle is not None
+
+    def call_in_loop(self, func: Callable[..., object], *args: object) -> bool:
+        """Have a function called in the loop's thread, from any other one.
+
+        :return: whether there is a loop that will do so
+        """
+        return self._inbox.put(func, *args)
+
+    @property
+    def run_id(self) -> str:
+        """What tells this run of the supervisor from others, as :meth:`begin` returns it."""
+        return self._run_id
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller runs in the thread of the supervisor's event loop."""
+        return get_ident() == self._thread
+
+    @property
+    def has_loop(self) -> bool:
+        """Whether the supervisor was started in an event loop that is still there."""
+        spawner = self._spawner
+        return self._thread is not None and spawner is not None and not spawner.is_closed()
+
+    async def is_idle_within(self, seconds: float) -> bool:
+        """Wait until no task is live or waits for its moment. In the supervisor's loop only.
+
+        :param seconds: how long to wait at most
+        :return: whether that came in time
+        """
+        self._inbox.take()
+        assert self._live is not None
+        return await self._live.wait_until_empty(anyio.current_time() + seconds)
+
+    @property
+    def waiting_requests(self) -> int:
+        """How many requests have tasks that wait for one of their moments."""
+        return 0 if self._live is None else self._live.waiting_requests()
+
+    def end(self, run_id: str) -> tuple[Task, ...]:
+        """Stop what :meth:`begin` has begun, without a drain; return the tasks that are cut off.
+
+        :param run_id: what ``begin`` has returned; another run than this one is left alone
+        """
+        if run_id != self._run_id or self._thread is None:
+            return ()
+        left = self.running
+        if self.has_loop:
+            assert self._live is not None
+            self._live.cancel(left, "its test is over")
+            self._stop()
+        else:
+            self._lose_loop()
+        return left
+
     # What happens in the loop's thread
 
     def open(self, request: OpenRequest) -> None:
         """Take note of a request that has taken tasks, until :meth:`close`."""
-        assert self._live is not None
-        self._live.open(request)
+        if self._live is not None:  # it is in a test whose tasks never run
+            self._live.open(request)
 
     def close(self, request: OpenRequest) -> None:
         """Forget a request that is over."""
-        assert self._live is not None
-        self._live.close(request)
+        if self._live is not None:
+            self._live.close(request)
 
     def _place(self, task: Task) -> None:
         self.submit(task)

@@ -14,7 +14,7 @@ from contextvars import Context, ContextVar, Token
 from threading import Lock, RLock
 from time import time
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeAlias, cast
+from typing import Any, Generic, Literal, Protocol, TypeAlias, cast
 
 import anyio
 import anyio.lowlevel
@@ -31,6 +31,7 @@ from .errors import (
 from .info import Progress, Record, TaskInfo, TaskStatus, info_of, progress_of, shown_error
 
 __all__ = [
+    "Moment",
     "RequestEnd",
     "Stray",
     "Task",
@@ -52,6 +53,10 @@ __all__ = [
 
 P = ParamSpec("P", default=...)
 T_co = TypeVar("T_co", covariant=True, default=Any)
+
+
+Moment: TypeAlias = Literal["now", "after_route", "after_response"]
+"""When a task starts: at once, or with one of a request's batches."""
 
 
 # Read for every task, and a module's name is found faster than an enum's member.
@@ -142,6 +147,7 @@ class Task(Generic[P, T_co]):
         "in_threads",
         "is_async",
         "kwargs",
+        "moment",
         "request_end",
         "strays",
     )
@@ -168,6 +174,8 @@ class Task(Generic[P, T_co]):
         """The app's, the function's and the call's configuration, merged."""
         self.context: Context | None = context
         """The context variables at the moment of ``schedule``, until the task is over."""
+        self.moment: Moment = "now"
+        """When it starts: ``"now"``, ``"after_route"`` or ``"after_response"``."""
         self.is_async = is_async
         """Whether the function is awaited; if not, it runs in a thread."""
         self.has_place = False

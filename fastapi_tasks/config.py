@@ -457,7 +457,7 @@ def task(config: TaskConfig | None = None, /, **fields: Any) -> Callable[[_FuncT
     """Tie a configuration to a function, which is returned unchanged.
 
     Wherever the function is scheduled, the configuration applies, over the app's and under the
-    call's.
+    call's. If the function has one already, this one goes over that.
 
     :param config: a whole configuration, or
     :param fields: its fields, as :class:`TaskConfig` takes them
@@ -472,8 +472,9 @@ def task(config: TaskConfig | None = None, /, **fields: Any) -> Callable[[_FuncT
         if isinstance(target, staticmethod | classmethod):
             target = cast(Any, target).__func__  # what is found on the class in their place
         is_async(target)
+        inner = policy_of(target) or INHERIT_ALL
         try:
-            setattr(target, _POLICY, policy)
+            setattr(target, _POLICY, inner.merge(policy))
         except AttributeError:
             raise InvalidTaskError(
                 f"a {type(func).__name__}, which cannot carry a configuration",
@@ -498,7 +499,8 @@ def as_config(config: object, fields: dict[str, Any]) -> TaskConfig:
     raise InvalidSettingError(
         "config",
         config,
-        expected="a TaskConfig, or its fields as keyword arguments, not both",
+        expected="a TaskConfig, or its fields as keyword arguments"
+        + (", not both" if fields else ""),
         instead='task(name="send-receipt", shield=True)',
     )
 

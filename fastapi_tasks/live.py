@@ -56,6 +56,7 @@ class LiveTasks:
         self._runner = runner
         self._observers = observers
         self._tasks: dict[Handle, Task] = {}
+        self._abandoned: dict[Handle, Task] = {}
         self._requests: set[OpenRequest] = set()
         self._empty: anyio.Event | None = None
         self.listeners = listeners
@@ -138,7 +139,7 @@ class LiveTasks:
         :param tasks: live ones
         """
         for task in tasks:
-            del self._tasks[task.handle]
+            self._abandoned[task.handle] = self._tasks.pop(task.handle)
             self._spawner.abandon(task.handle)
             task.abandoned = True
 
@@ -156,7 +157,7 @@ class LiveTasks:
         for task in self.tasks():
             if not is_over(task):
                 settle(task, TaskStatus.CANCELLED)
-                task.handle = task.context = task.request_end = None
+                _let_go(task)
                 event = TaskEvent(TaskEventKind.DROPPED, (task,), reason=reason)
                 self._observers.tell(event)
 
@@ -178,13 +179,14 @@ class LiveTasks:
     def _over(self, handle: Handle) -> None:
         task = self._tasks.pop(handle, None)
         if task is None:
-            return  # abandoned or forgotten before
+            abandoned = self._abandoned.pop(handle, None)
+            if abandoned is not None:  # else it was forgotten before
+                _let_go(abandoned)
+            return
         # Somebody else may have cancelled it before its first step, which on asyncio then never
         # comes.
         give_up(task, TaskEventKind.CANCELLED, BY_OTHERS, self._observers)
-        # The context refers to the task, and so may the request's error, by the endpoint's frame:
-        # they would wait for the garbage collector.
-        task.handle = task.context = task.request_end = None
+        _let_go(task)
         for listener in self.listeners:
             listener(task)
         self._wake_if_empty()
@@ -195,6 +197,15 @@ class LiveTasks:
     def _wake_if_empty(self) -> None:
         if self._empty is not None and self._is_empty():
             self._empty.set()
+
+
+def _let_go(task: Task) -> None:
+    """Take from a task what it needed to run.
+
+    The context refers to the task, and so may the request's error, by the endpoint's frame: they
+    would wait for the garbage collector.
+    """
+    task.handle = task.context = task.request_end = None
 
 
 def _has_ended(task: Task) -> bool:

@@ -22,7 +22,7 @@ import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import nullcontext, suppress
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar, cast
 
 import anyio
@@ -370,6 +370,7 @@ class _ThreadCall:
 
     async def run(self, call: Callable[[], Any], limiter: anyio.CapacityLimiter) -> None:
         """Make the call, and keep what comes of it."""
+        _thread_call.set(self)
         try:
             self.outcome = _Outcome(await _in_thread(call, limiter))
         except BaseException as error:
@@ -400,13 +401,22 @@ class _ThreadCall:
         self.outcome = _Outcome()
 
 
+_thread_call: ContextVar[_ThreadCall | None] = ContextVar("fastapi_tasks_thread_call", default=None)
+"""Which call runs in the caller's thread, if its attempt has a limit of time."""
+
+
 def _is_held(limiter: anyio.CapacityLimiter, caller: Task | None) -> bool:
     """Return whether the caller has a place, and would wait for itself if it took another one.
 
     The place may be that of a task which waits for the caller, in a thread or in a task group.
     """
-    if caller is not None and caller.has_place and caller.config.limiter is limiter:
-        return True
+    if caller is not None and caller.config.limiter is limiter:
+        if caller.has_place:
+            return True
+        # A thread that goes on has its place still. What it has scheduled has copied its context.
+        call = _thread_call.get()
+        if call is not None and call in caller.strays and not call.over.is_set():
+            return True
     borrowers = limiter.statistics().borrowers
     return anyio.get_current_task().id in map(id, borrowers)
 

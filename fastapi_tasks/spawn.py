@@ -246,11 +246,15 @@ class TrioSpawner:
 
     @asynccontextmanager
     async def renewed(self, handle: Handle) -> AsyncGenerator[None, None]:
-        if not handle.scope.cancel_called:
+        cancelled = handle.scope
+        if not cancelled.cancel_called:
             yield
             return
-        with self._trio.CancelScope(shield=True) as handle.scope:
-            yield
+        try:
+            with self._trio.CancelScope(shield=True) as handle.scope:
+                yield
+        finally:
+            handle.scope = cancelled  # so that it can be renewed again
 
     def within(self, seconds: float) -> AbstractAsyncContextManager[None]:
         return _TrioLimit(self._trio.move_on_after(seconds))

@@ -30,7 +30,7 @@ from fastapi_tasks import (
     TasksScheduler,
     task,
 )
-from fastapi_tasks.config import RunIf
+from fastapi_tasks.config import RunIf, policy_of
 
 
 def ring_bell(task: Task, error: Exception) -> None:
@@ -196,6 +196,20 @@ def test_the_decorator_returns_the_function_itself() -> None:
         """Do what a task does."""
 
     assert task(shield=True)(anchor) is anchor
+
+
+def test_a_decorator_goes_over_another_one() -> None:
+    """Field by field, also on what is made of a decorated function."""
+
+    @task(timeout=5)
+    @task(name="inner", timeout=3)
+    def furl() -> None: ...
+
+    partial = functools.partial(furl)
+    assert task(shield=True)(partial) is partial
+
+    assert policy_of(furl) == TaskConfig(name="inner", timeout=5)
+    assert policy_of(partial) == TaskConfig(name="inner", timeout=5, shield=True)
 
 
 def test_the_decorator_takes_a_whole_configuration() -> None:
@@ -685,7 +699,8 @@ def test_a_configuration_is_given_whole_or_as_fields(
     with pytest.raises(InvalidSettingError) as caught:
         make(*args, **fields)
 
-    assert "a TaskConfig, or its fields as keyword arguments, not both" in str(caught.value)
+    assert "a TaskConfig, or its fields as keyword arguments" in str(caught.value)
+    assert ("not both" in str(caught.value)) == bool(fields)
 
 
 @pytest.mark.parametrize("make", [TaskConfig, task, Supervisor().task])

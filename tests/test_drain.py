@@ -376,6 +376,23 @@ async def test_an_abandoned_task_cannot_be_cancelled() -> None:
     await task.wait()
 
 
+async def test_an_abandoned_task_lets_go_of_its_request_when_it_is_over() -> None:
+    """Until then it may ask how that has ended."""
+    supervisor = Supervisor()
+    scheduler = TasksScheduler(supervisor)
+    ship = Ship(cleanup=6)
+    await supervisor.start()
+    task = scheduler.schedule(ship)
+    await task.started.wait()
+    scheduler.note_status(404)
+    await supervisor.drain()
+
+    assert (task.abandoned, task.response_status) == (True, 404)
+    await task.wait()
+    await let_others_run()
+    assert (task.response_status, task.context, task.handle) == (None, None, None)
+
+
 async def test_a_cancellation_is_the_loops_own(anyio_backend_name: str) -> None:
     """Delivered once on asyncio, where the clean-up may await, and for good on trio."""
     supervisor = Supervisor()

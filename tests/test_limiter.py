@@ -35,7 +35,8 @@ from fastapi_tasks import (
 from . import asgi
 from .clocks import FAKE_CLOCKS
 from .conftest import BACKENDS
-from .recording import Observed, let_others_run, until
+from .recording import Observed, idle, let_others_run, until
+from .servers import PATIENCE
 
 on_fake_clocks = pytest.mark.parametrize("anyio_backend", FAKE_CLOCKS, indirect=True)
 
@@ -194,6 +195,17 @@ async def test_what_a_sync_function_returns_to_be_awaited_holds_no_thread(
         await until(lambda: task.in_threads == 0 and task.attempt == 1)
         await supervisor.schedule(nothing).wait()
         task.cancel()
+
+
+@pytest.mark.parametrize("limit", [None, 3600])
+async def test_a_task_with_a_limiter_gets_its_arguments(limit: float | None) -> None:
+    """Those by name, too."""
+    lock = Lock()
+    config = TaskConfig(limiter=anyio.CapacityLimiter(1), timeout=limit)
+    async with Supervisor(config=config) as supervisor:
+        await supervisor.schedule(lock.pass_through, ship="Argo").wait()
+
+    assert lock.order == ["Argo"]
 
 
 async def test_a_limiter_takes_the_place_of_the_limit_of_threads() -> None:
@@ -566,6 +578,91 @@ async def test_who_has_a_place_can_call_a_task_that_needs_one(
             await outer.wait()
 
     assert (outer.status, len(lock.order), limiter.borrowed_tokens) == (TaskStatus.SUCCEEDED, 2, 0)
+
+
+async def stray(supervisor: Supervisor, go_on: Callable[[], None]) -> threading.Event:
+    """Have a thread that is left alone by its task, and goes on when the event is set."""
+    gate = threading.Event()
+
+    def work() -> None:
+        gate.wait()
+        go_on()
+
+    late = supervisor.task(timeout=0.01).schedule(work)
+    with anyio.fail_after(PATIENCE), suppress(TimeoutError):
+        await late.wait()
+    assert supervisor.running == (late,)
+    return gate
+
+
+async def test_a_thread_that_goes_on_can_call_a_task_that_needs_its_place() -> None:
+    """It has it still, though its task is over, and would wait for itself."""
+    lock, limiter = Lock(), anyio.CapacityLimiter(1)
+    async with Supervisor(config=TaskConfig(limiter=limiter)) as supervisor:
+        other = supervisor.schedule(lock.pass_through)
+        await other.wait()
+        gate = await stray(supervisor, functools.partial(anyio.from_thread.run, other))
+        gate.set()
+        await idle(supervisor)
+
+    assert (len(lock.order), limiter.borrowed_tokens) == (2, 0)
+
+
+async def test_what_a_thread_that_goes_on_has_scheduled_waits_for_a_place() -> None:
+    """It has copied the thread's context, and has no part in its place."""
+    lock, limiter, gate = Lock(), anyio.CapacityLimiter(2), threading.Event()
+    waiting: list[int] = []
+
+    def take(event: TaskEvent) -> None:
+        if event.kind is TaskEventKind.FAILED and event.task.name == "fail":
+            limiter.acquire_on_behalf_of_nowait("somebody else")
+
+    async def call(task: Task, error: Exception) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(other)
+            await let_others_run()
+            waiting.append(limiter.statistics().tasks_waiting)
+            limiter.release_on_behalf_of("somebody else")
+
+    def go_on() -> None:
+        supervisor.task(name="fail", on_error=call).schedule(fail)
+        gate.wait()
+
+    async with Supervisor(config=TaskConfig(limiter=limiter), observers=[take]) as supervisor:
+        other = supervisor.schedule(lock.pass_through)
+        await other.wait()
+        (await stray(supervisor, go_on)).set()
+        await until(lambda: bool(waiting))
+        gate.set()
+        await idle(supervisor)
+
+    assert (waiting, len(lock.order), limiter.borrowed_tokens) == ([1], 2, 0)
+
+
+async def test_what_a_thread_that_went_on_has_left_in_the_loop_waits_for_a_place() -> None:
+    """The thread has given its own away, when it came to its end."""
+    lock, limiter, late = Lock(), anyio.CapacityLimiter(1), anyio.Event()
+
+    async def call() -> None:
+        await late.wait()
+        await other()
+
+    async with (
+        Supervisor(config=TaskConfig(limiter=limiter)) as supervisor,
+        anyio.create_task_group() as group,
+    ):
+        other = supervisor.schedule(lock.pass_through)
+        await other.wait()
+        leave = functools.partial(anyio.from_thread.run_sync, group.start_soon, call)
+        (await stray(supervisor, leave)).set()
+        await idle(supervisor)
+        limiter.acquire_on_behalf_of_nowait("somebody else")
+        late.set()
+        await let_others_run()
+        assert limiter.statistics().tasks_waiting == 1
+        limiter.release_on_behalf_of("somebody else")
+
+    assert (len(lock.order), limiter.borrowed_tokens) == (2, 0)
 
 
 async def test_who_has_taken_a_place_by_hand_can_call_a_task_that_needs_one() -> None:

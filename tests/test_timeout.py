@@ -960,6 +960,42 @@ async def test_a_cancellation_in_the_backoff_does_not_wait_for_a_stray() -> None
     assert moment == pytest.approx(100)
 
 
+async def test_a_stray_is_waited_for_when_a_cancelled_attempt_has_failed_and_was_handled() -> None:
+    """The task goes on after its cancellation for the error handler, and once more for that."""
+    gate, begun, handled = threading.Event(), anyio.Event(), list[Exception]()
+    attempts: list[int] = []
+
+    async def freeze() -> None:
+        begun.set()
+        try:
+            await ripen()
+        finally:
+            raise FrostError
+
+    def dig() -> Awaitable[None] | None:
+        attempts.append(current_task().attempt)
+        return gate.wait() and None if attempts == [1] else freeze()
+
+    async def note(task: Task, error: Exception) -> None:
+        await let_others_run()
+        handled.append(error)
+
+    async with Supervisor() as supervisor:
+        task = supervisor.task(timeout=30, retry=AGAIN, on_error=note).schedule(dig)
+        await until(lambda: attempts == [1])
+        await anyio.sleep(31)
+        await until(begun.is_set)
+        task.cancel()
+        await over(task)
+        await until(lambda: bool(handled))
+        await let_others_run()
+        assert supervisor.running == (task,)
+        gate.set()
+        await idle(supervisor)
+
+    assert [type(error) for error in handled] == [FrostError]
+
+
 async def test_a_cancellation_in_the_queue_does_not_wait_for_a_stray() -> None:
     """Nor does one of the second attempt that has not got its place yet; it gives none away."""
     spade = Spade()

@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 from sphinx.pycode import ModuleAnalyzer
 
 import fastapi_tasks
+import fastapi_tasks.testing
 
 project = "fastapi-tasks"
 author = "the fastapi-tasks authors"
@@ -26,27 +27,31 @@ autodoc_typehints_format = "short"
 nitpick_ignore_regex = [
     (
         "py:.+",
-        r"(anyio|asyncio|collections|contextvars|fastapi|pydantic|starlette|trio|types|typing)\..+",
+        r"(anyio|asyncio|collections|contextvars|datetime|fastapi|pydantic|starlette|trio|types|typing)\..+",
     ),
 ]
-nitpick_ignore = [("py:class", "Context")]
+nitpick_ignore = [("py:class", "Context"), ("py:class", "Moment")]
 
 html_theme = "furo"
 html_title = project
 
-# Objects name the public module. That is where Sphinx looks for the docstrings of their attributes,
-# which are in the module that defines them.
-public = ModuleAnalyzer.for_module(fastapi_tasks.__name__)
-public.analyze()
+# Objects name their public module. That is where Sphinx looks for the docstrings of their
+# attributes, which are in the module that defines them.
+publics = [
+    ModuleAnalyzer.for_module(module.__name__) for module in (fastapi_tasks, fastapi_tasks.testing)
+]
+for public in publics:
+    public.analyze()
 
 for name, module in sorted(sys.modules.items()):
     if name.partition(".")[0] != fastapi_tasks.__name__:
         continue
     source = ModuleAnalyzer.for_module(name)
     source.analyze()
-    public.attr_docs.update(source.attr_docs)
-    public.annotations.update(source.annotations)
-    public.tagorder.update(source.tagorder)
+    for public in publics:
+        public.attr_docs.update(source.attr_docs)
+        public.annotations.update(source.annotations)
+        public.tagorder.update(source.tagorder)
     for value in vars(module).values():
         if isinstance(value, ParamSpec | TypeVar):
             # A type variable has no entry of its own that its name could lead to.

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
+from contextvars import Context, copy_context
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -376,6 +378,19 @@ async def test_tasks_run_at_their_moments(
             assert desk == expected * 2
 
 
+async def test_those_after_the_response_run_one_after_the_other(app: FastAPI, desk: Desk) -> None:
+    """As those before it do."""
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        for number in (17, 18):
+            tasks.after_response.schedule(desk.take, f"{number}")
+
+    with run_inline(app), anyio.fail_after(PATIENCE):
+        await request(app, "/")
+    assert desk == ["17 begins", "17 ends", "18 begins", "18 ends"]
+
+
 async def test_background_tasks_come_after_ours(app: FastAPI, desk: Desk) -> None:
     """As in production."""
 
@@ -713,6 +728,7 @@ def test_outside_of_requests_a_task_is_over_at_once(app: FastAPI, desk: Desk) ->
     with run_inline(app) as ran:
         supervisor.schedule(desk.take, "script")
         assert desk == ["script begins", "script ends"]
+        assert not supervisor.is_running
         with TestClient(app):
             supervisor.schedule(desk.label, "served")
             assert desk[2:] == ["served label"]
@@ -759,19 +775,41 @@ async def test_outside_of_requests_async_code_waits_itself(app: FastAPI, desk: D
 
     with pytest.raises(KeyError):
         test()
+    assert not get_supervisor(app).is_running
+
+
+async def test_a_task_that_was_cancelled_while_it_ran_was_scheduled(app: FastAPI) -> None:
+    """Only one that never begins is dropped."""
+    with run_inline(app) as ran, anyio.fail_after(PATIENCE):
+        task = get_supervisor(app).schedule(anyio.sleep_forever)
+        await task.started.wait()
+        task.cancel()
+        await wait_until_idle(app)
+    assert ([*ran], ran.dropped) == ([task], [])
+
+
+async def test_what_a_thread_has_scheduled_is_waited_for(desk: Desk) -> None:
+    """Though the loop has not heard of it yet."""
+    async with Supervisor() as supervisor:
+        thread = threading.Thread(target=supervisor.schedule, args=(desk.take, "17"))
+        thread.start()
+        thread.join(PATIENCE)
+        await wait_until_idle(supervisor)
+        assert desk == ["17 begins", "17 ends"]
 
 
 async def test_what_outlives_its_request_starts_as_always(app: FastAPI, desk: Desk) -> None:
     """Somebody has kept the request's tasks."""
-    kept: list[TasksScheduler] = []
+    kept: list[tuple[TasksScheduler, Context]] = []
 
     @app.get("/")
     async def endpoint(tasks: Tasks) -> None:
-        kept.append(tasks)
+        kept.append((tasks, copy_context()))
 
     with run_inline(app), anyio.fail_after(PATIENCE):
         await request(app, "/")
-        kept[0].after_response.schedule(desk.take, "17")
+        tasks, context = kept[0]
+        context.run(tasks.after_response.schedule, desk.take, "17")
         await wait_until_idle(app)
     assert desk == ["17 begins", "17 ends"]
 
@@ -806,7 +844,11 @@ def test_a_loop_that_is_gone_is_no_obstacle(app: FastAPI, desk: Desk) -> None:
         with run_inline(app):
             client.get("/")
         assert get_supervisor(app).is_running  # it is the lifespan's
-    TestClient(app)
+    with ExitStack() as stack:
+        with run_inline(app):
+            TestClient(app).get("/")
+            stack.enter_context(TestClient(app))
+        assert get_supervisor(app).is_running
 
 
 # Waiting

@@ -15,7 +15,7 @@ from sybil.parsers.rest import CaptureParser, CodeBlockParser, PythonCodeBlockPa
 import fastapi_tasks
 from fastapi_tasks import testing
 
-from . import asgi, clocks
+from . import asgi, clocks, diffs
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -93,20 +93,23 @@ def test_every_block_does_what_its_page_says(
 ) -> None:
     """A reader who types the blocks of a page, from its top to its end, sees what it tells."""
     document = SYBIL.parse(path)
-    document.namespace.update(printed=printed, logged=logged, asgi=asgi, clocks=clocks)
+    document.namespace.update(printed=printed, logged=logged, asgi=asgi, clocks=clocks, diffs=diffs)
     for example in document.examples():
         example.evaluate()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS)
 def test_no_block_is_left_out(path: Path) -> None:
-    """A block is Python or commands, which the tests run or check, or a picture or an output."""
+    """A block is Python or commands, which the tests run or check, a diff, of which they run both
+    sides, or a picture or an output."""
     text = path.read_text(encoding="utf-8")
     languages = re.findall(r"^ *\.\. (?:invisible-)?code-block::? *(\S*)$", text, re.MULTILINE)
     captures = re.findall(r"^ *\.\. -> \w+$", text, re.MULTILINE)
-    assert set(languages) <= {"python", "console", "text"}
-    evaluated = len(languages) - languages.count("text") + len(captures)
+    assert set(languages) <= {"python", "console", "text", "diff"}
+    shown = languages.count("text") + languages.count("diff")
+    evaluated = len(languages) - shown + len(captures)
     assert len(list(SYBIL.parse(path).examples())) == evaluated
+    assert languages.count("diff") <= len(captures)
     # A paragraph that ends in two colons, and a prompt, open blocks that say no language.
     assert not re.findall(r"^(?! *\.\. ).*::$|^ *>>>", text, re.MULTILINE)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from fastapi import FastAPI
 
-
 DOCS = Path(__file__).parent.parent / "docs"
 
 

@@ -1,4 +1,4 @@
-"""What ``docs/migrating.rst`` makes of ``BackgroundTasks``: the app before and after its first diff.
+"""The app before and after the first diff of ``docs/migrating.rst``, from BackgroundTasks to ours.
 
 Its texts are sent when there is a line on standard input.
 """

@@ -16,6 +16,7 @@ from .errors import (
     FastAPITasksUninitializedAppError,
     InvalidSettingError,
     InvalidTaskError,
+    MissingPackageError,
     NoCurrentTaskError,
     SupervisorStateError,
     TaskCancelledError,
@@ -32,7 +33,7 @@ from .request_bound import RequestBoundArgumentWarning
 from .routing import Tasks, TasksRoute, get_tasks
 from .scheduler import TasksBatch, TasksScheduler
 from .supervisor import Supervisor
-from .tasks import Task, TaskErrorHandler, TaskStatus, current_task
+from .tasks import Moment, Task, TaskErrorHandler, TaskStatus, current_task
 
 __all__ = [
     "AddTasksError",
@@ -42,6 +43,8 @@ __all__ = [
     "FastAPITasksUninitializedAppError",
     "InvalidSettingError",
     "InvalidTaskError",
+    "MissingPackageError",
+    "Moment",
     "NoCurrentTaskError",
     "RequestBoundArgumentWarning",
     "Retry",

@@ -7,6 +7,7 @@
     ├── AddTasksError                       ``add_tasks`` was called in a way that cannot work
     ├── InvalidSettingError                 a setting cannot have that value (a ValueError)
     ├── InvalidTaskError                    that cannot be run as a task (a TypeError)
+    ├── MissingPackageError                 an extra was not installed (an ImportError)
     ├── NoCurrentTaskError                  there is no current task here (a LookupError)
     ├── SupervisorStateError                a supervisor was started or drained at the wrong time
     ├── TaskCancelledError                  the result of a cancelled task was asked for
@@ -35,6 +36,7 @@ __all__ = [
     "FastAPITasksUninitializedAppError",
     "InvalidSettingError",
     "InvalidTaskError",
+    "MissingPackageError",
     "NoCurrentTaskError",
     "SupervisorStateError",
     "TaskCancelledError",
@@ -171,6 +173,21 @@ class InvalidTaskError(FastAPITasksError, TypeError):
         instead: str,
     ) -> None:
         super().__init__(f"Expected {expected}; got {got}. Write instead: {instead}")
+
+
+class MissingPackageError(FastAPITasksError, ImportError):
+    """A module was imported that needs a package which is not installed.
+
+    :param module: the module
+    :param package: what it needs
+    :param extra: the extra of this package that brings it
+    """
+
+    def __init__(self, module: str, package: str, *, extra: str) -> None:
+        super().__init__(
+            f"{module} needs {package}, which is not installed, or too old. Install it: "
+            f"pip install 'fastapi-tasks[{extra}]'"
+        )
 
 
 class NoCurrentTaskError(FastAPITasksError, LookupError):

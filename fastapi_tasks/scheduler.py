@@ -9,7 +9,7 @@ from contextlib import suppress
 from .bound import BoundTasks, ImmediateTasks
 from .config import INHERIT_ALL, TaskConfig
 from .supervisor import Supervisor
-from .tasks import RequestEnd, Task
+from .tasks import Moment, RequestEnd, Task
 
 __all__ = ["TasksBatch", "TasksScheduler"]
 
@@ -22,6 +22,7 @@ class TasksBatch(BoundTasks):
     :param supervisor: where the tasks run
     :param inherited: the app's configuration
     :param end: how the request ends
+    :param moment: which moment that is
     :param endpoint: the endpoint that schedules them, if there is one
     """
 
@@ -32,9 +33,10 @@ class TasksBatch(BoundTasks):
         supervisor: Supervisor,
         inherited: TaskConfig,
         end: RequestEnd,
+        moment: Moment,
         endpoint: object,
     ) -> None:
-        super().__init__(supervisor, inherited, INHERIT_ALL, endpoint)
+        super().__init__(supervisor, inherited, INHERIT_ALL, endpoint, moment)
         self._end: RequestEnd | None = end
         self._waiting: deque[Task] = deque()
         self._failed: bool | None = None
@@ -121,10 +123,10 @@ class TasksScheduler(ImmediateTasks):
         self._supervisor = supervisor
         end = RequestEnd()
         self._end: RequestEnd | None = end
-        self.after_route = TasksBatch(supervisor, inherited, end, endpoint)
+        self.after_route = TasksBatch(supervisor, inherited, end, "after_route", endpoint)
         """Tasks scheduled on it start when the endpoint has returned, before its value is
         serialized."""
-        self.after_response = TasksBatch(supervisor, inherited, end, endpoint)
+        self.after_response = TasksBatch(supervisor, inherited, end, "after_response", endpoint)
         """Tasks scheduled on it start when the response is over: it was sent, or the client is
         gone."""
         self.owes_turn = False

@@ -32,7 +32,7 @@ from .live import LiveTasks, OpenRequest, give_up
 from .observer import Observers, TaskEvent, TaskEventKind, TaskObserver, logger
 from .runner import Runner
 from .spawn import Spawner, current_spawner
-from .tasks import Task, is_over
+from .tasks import Moment, Task, is_over
 
 __all__ = ["Supervisor"]
 
@@ -118,6 +118,7 @@ class Supervisor(ImmediateTasks):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         config: TaskConfig,
+        moment: Moment,
         *,
         is_async: bool,
     ) -> Task:
@@ -130,6 +131,7 @@ class Supervisor(ImmediateTasks):
             kwargs,
             config,
             copy_context(),
+            moment,
             is_async=is_async,
         )
         if self._observers.watch_routine:

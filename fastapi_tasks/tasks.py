@@ -14,7 +14,7 @@ from contextvars import Context, ContextVar, Token
 from enum import StrEnum
 from threading import Lock, RLock
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeAlias, cast
+from typing import Any, Generic, Literal, Protocol, TypeAlias, cast
 
 import anyio
 import anyio.lowlevel
@@ -30,6 +30,7 @@ from .errors import (
 )
 
 __all__ = [
+    "Moment",
     "RequestEnd",
     "Stray",
     "Task",
@@ -49,6 +50,10 @@ __all__ = [
 
 P = ParamSpec("P", default=...)
 T_co = TypeVar("T_co", covariant=True, default=Any)
+
+
+Moment: TypeAlias = Literal["now", "after_route", "after_response"]
+"""When a task starts: at once, or with one of a request's batches."""
 
 
 class TaskStatus(StrEnum):
@@ -143,6 +148,7 @@ class Task(Generic[P, T_co]):
         "in_threads",
         "is_async",
         "kwargs",
+        "moment",
         "request_end",
         "strays",
     )
@@ -156,6 +162,7 @@ class Task(Generic[P, T_co]):
         kwargs: dict[str, Any],
         config: TaskConfig,
         context: Context,
+        moment: Moment = "now",
         *,
         is_async: bool,
     ) -> None:
@@ -169,6 +176,8 @@ class Task(Generic[P, T_co]):
         """The app's, the function's and the call's configuration, merged."""
         self.context: Context | None = context
         """The context variables at the moment of ``schedule``, until the task is over."""
+        self.moment: Moment = moment
+        """The moment that the task was scheduled for, also if that had passed already."""
         self.is_async = is_async
         """Whether the function is awaited; if not, it runs in a thread."""
         self.has_place = False

@@ -124,32 +124,38 @@ class OpenTelemetryObserver:
             self._live.add(1, attributes)
             self._started.add(1, attributes)
             self._begun[task] = _Begun()
-        begun = self._begun[task]
-        if begun.is_abandoned:
-            return  # nobody is told of what it still does
         attributes = attributes | {_ID: task.id, _ATTEMPT: task.attempt}
-        begun.run = _Run(self._tracer.start_span(task.name, attributes=attributes))
-        begun.run.enter()
+        run = _Run(self._tracer.start_span(task.name, attributes=attributes))
+        self._begun[task].run = run
+        run.enter()
 
     def _finish(self, task: Task, outcome: str, error: BaseException | None = None) -> None:
         if not task.attempt:
-            self._pending.add(-1, _attributes_of(task))
-        else:
-            begun = self._begun.pop(task)
-            self._end_run(task, begun, outcome, error)
-            if begun.is_abandoned:
-                return  # it was counted then
-            self._live.add(-1, _attributes_of(task))
-        self._finished.add(1, _attributes_of(task) | _result(outcome, error))
+            self._count_end(self._pending, task, outcome, error)
+            return
+        begun = self._begun.pop(task)
+        if not begun.is_abandoned:  # else it was counted then
+            self._count_end(self._live, task, outcome, error)
+        self._end_run(task, begun, outcome, error)
 
     def _abandon(self, task: Task) -> None:
         begun = self._begun.get(task)
         if begun is None:
             return  # it is over, and its error handler or one of its threads goes on
         begun.is_abandoned = True
+        self._count_end(self._live, task, "abandoned")
         self._end_run(task, begun, "abandoned")
-        self._live.add(-1, _attributes_of(task))
-        self._finished.add(1, _attributes_of(task) | _result("abandoned"))
+
+    def _count_end(
+        self,
+        left: metrics.UpDownCounter,
+        task: Task,
+        outcome: str,
+        error: BaseException | None = None,
+    ) -> None:
+        attributes = _attributes_of(task)
+        left.add(-1, attributes)
+        self._finished.add(1, attributes | _result(outcome, error))
 
     def _end_run(
         self, task: Task, begun: _Begun, outcome: str, error: BaseException | None = None

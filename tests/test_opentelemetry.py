@@ -10,7 +10,6 @@ import math
 import subprocess
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -20,12 +19,7 @@ import anyio.to_thread
 import pytest
 from fastapi import FastAPI
 from opentelemetry import trace
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from opentelemetry.sdk.trace import ReadableSpan
 
 from fastapi_tasks import (
     InvalidSettingError,
@@ -44,92 +38,11 @@ from .clocks import on_fake_clocks  # noqa: F401 - a fixture
 from .conftest import on_real_clocks
 from .recording import idle, let_others_run
 from .servers import PATIENCE
+from .telemetry import Telemetry, TracedRequests
 
 
 class OffTheRailsError(Exception):
     """What goes wrong in this module."""
-
-
-class Telemetry:
-    """Providers that keep what they are told, and an observer that tells them."""
-
-    def __init__(self) -> None:
-        self._exporter = InMemorySpanExporter()
-        self.tracer_provider = TracerProvider(shutdown_on_exit=False)
-        self.tracer_provider.add_span_processor(SimpleSpanProcessor(self._exporter))
-        self._reader = InMemoryMetricReader()
-        self.meter_provider = MeterProvider([self._reader], shutdown_on_exit=False)
-        self.tracer = self.tracer_provider.get_tracer("tests")
-        self.observer = OpenTelemetryObserver(
-            tracer_provider=self.tracer_provider, meter_provider=self.meter_provider
-        )
-
-    @property
-    def spans(self) -> dict[str, ReadableSpan]:
-        """The spans that are over, by their names, the latest of each."""
-        return {span.name: span for span in self._exporter.get_finished_spans()}
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the spans that are over, in this order."""
-        return [span.name for span in self._exporter.get_finished_spans()]
-
-    def attributes(self, key: str) -> list[object]:
-        """Return one attribute of all spans that are over, without the prefix of ours."""
-        key = key if "." in key else f"fastapi_tasks.task.{key}"
-        return [(span.attributes or {}).get(key) for span in self._exporter.get_finished_spans()]
-
-    def points(self, name: str) -> list[Any]:
-        """Return the data points of one metric of ours."""
-        data = self._reader.get_metrics_data()
-        return [
-            point
-            for resource in ([] if data is None else data.resource_metrics)
-            for scope in resource.scope_metrics
-            for metric in scope.metrics
-            if metric.name == f"fastapi_tasks.task.{name}"
-            for point in metric.data.data_points
-        ]
-
-    def total(self, name: str) -> int:
-        """Return the sum of one metric of ours."""
-        return sum(point.value for point in self.points(name))
-
-    def counts(self, name: str = "finished") -> Counter[str]:
-        """Return a metric of ours by outcome."""
-        counts: Counter[str] = Counter()
-        for point in self.points(name):
-            counts[point.attributes["fastapi_tasks.task.outcome"]] += getattr(
-                point, "value", getattr(point, "count", 0)
-            )
-        return counts
-
-    def assert_settled(self) -> None:
-        """Nothing is pending or live, whatever one groups it by."""
-        for name in ("pending", "live"):
-            assert {point.value for point in self.points(name)} <= {0}, name
-
-
-class TracedRequests:
-    """A middleware that makes a span of each request, which ends with the response."""
-
-    def __init__(self, app: ASGIApp, tracer: trace.Tracer) -> None:
-        self._app = app
-        self._tracer = tracer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        span = self._tracer.start_span("request")
-
-        async def send_and_end(message: Message) -> None:
-            await send(message)
-            if message["type"] == "http.response.body":
-                span.end()
-
-        with trace.use_span(span):
-            await self._app(scope, receive, send_and_end)
 
 
 @pytest.fixture
@@ -252,7 +165,7 @@ async def test_a_task_that_no_request_has_scheduled_begins_a_trace(telemetry: Te
     ("func", "name"),
     [
         (functools.partial(couple), f"{__name__}.couple"),
-        (Telemetry, f"{__name__}.Telemetry"),
+        (Telemetry, "tests.telemetry.Telemetry"),
         (math.floor, "math.floor"),
         ([].clear, "list.clear"),
     ],
@@ -293,7 +206,7 @@ async def test_a_request_does_not_wait_in_its_trace_for_its_tasks(
         await let_others_run()
 
     assert telemetry.names == ["request", *["Event.wait"] * 3]
-    served, *tasks = telemetry._exporter.get_finished_spans()
+    served, *tasks = telemetry.all_spans
     assert served.end_time is not None
     assert all(task.end_time is not None and task.end_time > served.end_time for task in tasks)
 
@@ -327,7 +240,7 @@ async def test_the_telemetry_of_fastapi_and_of_tasks_go_together(telemetry: Tele
         freed.set()
         await let_others_run()
 
-    tasks = [s for s in telemetry._exporter.get_finished_spans() if s.name == "Event.wait"]
+    tasks = [s for s in telemetry.all_spans if s.name == "Event.wait"]
     assert len(tasks) == 3
     for span in tasks:
         assert span.context.trace_id == served.context.trace_id
@@ -389,9 +302,7 @@ async def test_the_former_context_is_back_when_a_run_is_over(
         await idle(supervisor)
 
     assert seen[-1] is span
-    parents = [
-        parent_of(s) for s in telemetry._exporter.get_finished_spans() if s.name != "request"
-    ]
+    parents = [parent_of(s) for s in telemetry.all_spans if s.name != "request"]
     assert parents == [span.get_span_context().span_id] * 2  # the second is no child of the first
 
 

@@ -553,7 +553,8 @@ async def test_what_a_task_was_given_is_shown_nowhere(
         outputs.show_task(task)
         outputs.show(TaskEvent(TaskEventKind.FINISHED, (task,)))
     assert len({task.id for task in tasks}) == len(tasks) > 3
-    assert all(task.name in outputs.read() for task in tasks)
+    text = outputs.read()
+    assert all(task.name in text for task in tasks)
     assert outputs.with_secret() == []
 
 

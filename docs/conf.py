@@ -27,10 +27,10 @@ autodoc_typehints_format = "short"
 nitpick_ignore_regex = [
     (
         "py:.+",
-        r"(anyio|asyncio|collections|contextvars|datetime|fastapi|pydantic|starlette|trio|types|typing)\..+",
+        r"(anyio|asyncio|collections|contextvars|datetime|fastapi|opentelemetry|pydantic|starlette|trio|types|typing)\..+",
     ),
 ]
-nitpick_ignore = [("py:class", "Context"), ("py:class", "Moment")]
+nitpick_ignore = [("py:class", "Context")]
 
 html_theme = "furo"
 html_title = project

@@ -16,6 +16,7 @@ from .errors import (
     FastAPITasksUninitializedAppError,
     InvalidSettingError,
     InvalidTaskError,
+    MissingPackageError,
     MisusedTestToolError,
     NoCurrentTaskError,
     StillBusyError,
@@ -35,7 +36,7 @@ from .request_bound import RequestBoundArgumentWarning
 from .routing import Tasks, TasksRoute, get_tasks
 from .scheduler import TasksBatch, TasksScheduler
 from .supervisor import Supervisor
-from .tasks import Task, TaskErrorHandler, TaskStatus, current_task
+from .tasks import Moment, Task, TaskErrorHandler, TaskStatus, current_task
 
 __all__ = [
     "AddTasksError",
@@ -45,7 +46,9 @@ __all__ = [
     "FastAPITasksUninitializedAppError",
     "InvalidSettingError",
     "InvalidTaskError",
+    "MissingPackageError",
     "MisusedTestToolError",
+    "Moment",
     "NoCurrentTaskError",
     "Progress",
     "RequestBoundArgumentWarning",

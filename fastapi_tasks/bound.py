@@ -12,7 +12,7 @@ from .callables import is_async
 from .config import Duration, Retry, RunIf, TaskConfig, as_config, policy_of
 from .errors import InvalidSettingError
 from .request_bound import check_arguments
-from .tasks import Task, TaskErrorHandler, TaskOwner
+from .tasks import Moment, Task, TaskErrorHandler, TaskOwner
 
 __all__ = ["BoundTasks", "ConfiguredTasks", "ImmediateTasks", "TaskHome"]
 
@@ -29,6 +29,7 @@ class TaskHome(TaskOwner, Protocol):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         config: TaskConfig,
+        moment: Moment,
         *,
         is_async: bool,
     ) -> Task:
@@ -51,16 +52,22 @@ class BoundTasks(ABC):
     what ``.task(...)`` returns on each of them.
     """
 
-    __slots__ = ("_config", "_endpoint", "_home", "_inherited", "_own")
+    __slots__ = ("_config", "_endpoint", "_home", "_inherited", "_moment", "_own")
 
     def __init__(
-        self, home: TaskHome, inherited: TaskConfig, own: TaskConfig, endpoint: object = None
+        self,
+        home: TaskHome,
+        inherited: TaskConfig,
+        own: TaskConfig,
+        endpoint: object = None,
+        moment: Moment = "now",
     ) -> None:
         self._home = home
         self._inherited = inherited
         self._own = own
         # Whose tasks they are, if they are a request's.
         self._endpoint = endpoint
+        self._moment: Moment = moment
         # The merged configuration of every function that has none of its own.
         self._config = inherited.merge(own)
 
@@ -99,7 +106,7 @@ class BoundTasks(ABC):
             config = self._inherited.merge(policy).merge(self._own)
         if args or kwargs:
             check_arguments(func, args, kwargs, self._endpoint)
-        task = self._home.create(func, args, kwargs, config, is_async=awaited)
+        task = self._home.create(func, args, kwargs, config, self._moment, is_async=awaited)
         self._place(task)
         return task
 
@@ -154,7 +161,7 @@ class ConfiguredTasks(BoundTasks):
 
     def __init__(self, origin: BoundTasks, own: TaskConfig) -> None:
         merged = origin._own.merge(own)
-        super().__init__(origin._home, origin._inherited, merged, origin._endpoint)
+        super().__init__(origin._home, origin._inherited, merged, origin._endpoint, origin._moment)
         self._origin = origin
 
     def _place(self, task: Task) -> None:

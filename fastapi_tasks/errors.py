@@ -7,6 +7,7 @@
     ├── AddTasksError                       ``add_tasks`` was called in a way that cannot work
     ├── InvalidSettingError                 a setting cannot have that value (a ValueError)
     ├── InvalidTaskError                    that cannot be run as a task (a TypeError)
+    ├── MissingPackageError                 an extra was not installed (an ImportError)
     ├── MisusedTestToolError                a tool of ``testing`` was used in a way that cannot work
     ├── NoCurrentTaskError                  there is no current task here (a LookupError)
     ├── StillBusyError                      tasks did not end in the time of a test (a TimeoutError)
@@ -37,6 +38,7 @@ __all__ = [
     "FastAPITasksUninitializedAppError",
     "InvalidSettingError",
     "InvalidTaskError",
+    "MissingPackageError",
     "MisusedTestToolError",
     "NoCurrentTaskError",
     "StillBusyError",
@@ -176,6 +178,21 @@ class InvalidTaskError(FastAPITasksError, TypeError):
         instead: str,
     ) -> None:
         super().__init__(f"Expected {expected}; got {got}. Write instead: {instead}")
+
+
+class MissingPackageError(FastAPITasksError, ImportError):
+    """A module was imported that needs a package which is not installed.
+
+    :param module: the module
+    :param package: what it needs
+    :param extra: the extra of this package that brings it
+    """
+
+    def __init__(self, module: str, package: str, *, extra: str) -> None:
+        super().__init__(
+            f"{module} needs {package}, which is not installed, or too old. Install it: "
+            f"pip install 'fastapi-tasks[{extra}]'"
+        )
 
 
 class MisusedTestToolError(FastAPITasksError, RuntimeError):

@@ -26,7 +26,7 @@ class TasksBatch(BoundTasks):
     :param endpoint: the endpoint that schedules them, if there is one
     """
 
-    __slots__ = ("_end", "_failed", "_moment", "_taken", "_waiting")
+    __slots__ = ("_end", "_failed", "_taken", "_waiting")
 
     def __init__(
         self,
@@ -36,9 +36,8 @@ class TasksBatch(BoundTasks):
         moment: Moment,
         endpoint: object,
     ) -> None:
-        super().__init__(supervisor, inherited, INHERIT_ALL, endpoint)
+        super().__init__(supervisor, inherited, INHERIT_ALL, endpoint, moment)
         self._end: RequestEnd | None = end
-        self._moment: Moment = moment
         self._waiting: deque[Task] = deque()
         self._taken: Task | None = None
         self._failed: bool | None = None
@@ -103,7 +102,6 @@ class TasksBatch(BoundTasks):
 
     def _place(self, task: Task) -> None:
         task.request_end = self._end
-        task.moment = self._moment
         self._waiting.append(task)
         # Looked at afterwards: a release in another thread sees the task, or this one sees it.
         if self._failed is not None:

@@ -36,7 +36,7 @@ from .live import LiveTasks, OpenRequest, give_up
 from .observer import Observers, TaskEvent, TaskEventKind, TaskObserver, logger
 from .runner import Runner
 from .spawn import Spawner, current_spawner
-from .tasks import Task, has_key, is_over
+from .tasks import Moment, Task, has_key, is_over
 
 __all__ = ["StandIn", "Supervisor"]
 
@@ -172,6 +172,7 @@ class Supervisor(ImmediateTasks):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         config: TaskConfig,
+        moment: Moment,
         *,
         is_async: bool,
     ) -> Task:
@@ -184,6 +185,7 @@ class Supervisor(ImmediateTasks):
             kwargs,
             config,
             copy_context(),
+            moment,
             is_async=is_async,
         )
         if self._observers.watch_routine:

@@ -161,6 +161,7 @@ class Task(Generic[P, T_co]):
         kwargs: dict[str, Any],
         config: TaskConfig,
         context: Context,
+        moment: Moment = "now",
         *,
         is_async: bool,
     ) -> None:
@@ -174,8 +175,8 @@ class Task(Generic[P, T_co]):
         """The app's, the function's and the call's configuration, merged."""
         self.context: Context | None = context
         """The context variables at the moment of ``schedule``, until the task is over."""
-        self.moment: Moment = "now"
-        """When it starts: ``"now"``, ``"after_route"`` or ``"after_response"``."""
+        self.moment: Moment = moment
+        """The moment that the task was scheduled for, also if that had passed already."""
         self.is_async = is_async
         """Whether the function is awaited; if not, it runs in a thread."""
         self.has_place = False

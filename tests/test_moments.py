@@ -29,8 +29,10 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from fastapi_tasks import (
+    Supervisor,
     Task,
     TaskConfig,
+    TaskEvent,
     Tasks,
     TasksRoute,
     TasksScheduler,
@@ -66,6 +68,37 @@ async def test_an_immediate_task_runs_beside_a_coroutine_endpoint(app: FastAPI) 
 
     async with lifespan(app):
         assert (await request(app, "/")).json() == "found"
+
+
+async def test_a_task_knows_the_moment_that_it_was_scheduled_for(
+    app: FastAPI, observed: Observed
+) -> None:
+    """From the first event on, configured or not, and though the moment has passed."""
+    moments: list[str] = []
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        async def schedule_late() -> None:
+            moments.append(tasks.after_route.schedule(let_others_run).moment)
+
+        for place in (tasks, tasks.after_route, tasks.after_response):
+            place.schedule(let_others_run)
+            moments.append(place.task(name="other").schedule(let_others_run).moment)
+        tasks.after_response.schedule(schedule_late)
+
+    def observe(event: TaskEvent) -> None:
+        told.append(event.task.moment)
+
+    told: list[str] = []
+    supervisor = Supervisor(observers=[observe])
+    TasksScheduler(supervisor).after_route.schedule(let_others_run)
+    async with lifespan(app):
+        await request(app, "/")
+        await observed.all_over()
+
+    assert moments == ["now", "after_route", "after_response", "after_route"]
+    assert told == ["after_route"]
+    assert supervisor.schedule(let_others_run).moment == "now"
 
 
 async def test_an_immediate_task_runs_beside_an_endpoint_in_a_thread(app: FastAPI) -> None:

@@ -19,7 +19,7 @@ PUBLIC = {name: getattr(fastapi_tasks, name) for name in fastapi_tasks.__all__}
 def test_the_names_are_sorted_and_documented() -> None:
     """Whoever asks help() for one of them gets an answer."""
     assert fastapi_tasks.__all__ == sorted(fastapi_tasks.__all__)
-    aliases = {"RunIf", "Tasks", "TaskErrorHandler"}
+    aliases = {"Moment", "RunIf", "Tasks", "TaskErrorHandler"}
     assert [n for n in PUBLIC if n not in aliases and not inspect.getdoc(PUBLIC[n])] == []
 
 
@@ -51,6 +51,7 @@ def test_the_errors_can_be_sent_to_another_process() -> None:
         errors.AddTasksError("it is too late", instead="add_tasks(app)"),
         errors.InvalidSettingError("grace", -1, expected="a number", instead="grace=1"),
         errors.InvalidTaskError("int", instead="schedule(func)"),
+        errors.MissingPackageError("observers.x", "x", extra="x"),
         errors.MisusedTestToolError("nothing runs", instead="run_inline(app)"),
         errors.NoCurrentTaskError(),
         errors.StillBusyError("deliver", 2, 5),
@@ -87,6 +88,10 @@ def test_the_wheel_contains_the_package_and_nothing_else(tmp_path: Path) -> None
     (wheel,) = tmp_path.iterdir()
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    package = {f"fastapi_tasks/{p.name}" for p in (ROOT / "fastapi_tasks").iterdir() if p.is_file()}
+    package = {
+        str(p.relative_to(ROOT))
+        for p in (ROOT / "fastapi_tasks").rglob("*")
+        if p.is_file() and p.parent.name != "__pycache__"
+    }
     assert {n for n in names if ".dist-info/" not in n} == package
     assert "fastapi_tasks/py.typed" in names

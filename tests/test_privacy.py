@@ -61,6 +61,7 @@ from fastapi_tasks import (
 from .asgi import lifespan, request
 from .private import COROUTINES, SECRET, Fate, Order, ScheduleOne, Till, schedule, take
 from .servers import PATIENCE, serve
+from .telemetry import Telemetry
 
 # Everything that anybody could read
 
@@ -82,6 +83,7 @@ class Outputs(logging.Handler):
         self._texts: list[str] = []
         self.kinds: set[TaskEventKind] = set()
         self.add = self._texts.append
+        self._telemetry = Telemetry()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a record as a formatter does that leaves no attribute out."""
@@ -89,8 +91,9 @@ class Outputs(logging.Handler):
         self.add(repr(record.__dict__))
 
     def observe(self, event: TaskEvent) -> None:
-        """Be an observer that prints whatever it is told of."""
+        """Be an observer that prints whatever it is told of, and traces it."""
         self.kinds.add(event.kind)
+        self._telemetry.observer(event)
         self.show(event, event.report, event.error, event.reason, *event.tasks)
         # What a task is like in the middle of things, and not only in the end.
         self.show_surroundings()
@@ -162,9 +165,9 @@ class Outputs(logging.Handler):
         loop.default_exception_handler(context)
 
     def read(self) -> str:
-        """Return everything, standard output and standard error included."""
+        """Return everything; standard output, standard error and spans included."""
         self._texts += self._capfd.readouterr()
-        return "\n".join(self._texts)
+        return "\n".join([*self._texts, *self._telemetry.told()])
 
     def with_secret(self) -> list[str]:
         """Return the lines that have the secret."""
@@ -550,7 +553,8 @@ async def test_what_a_task_was_given_is_shown_nowhere(
         outputs.show_task(task)
         outputs.show(TaskEvent(TaskEventKind.FINISHED, (task,)))
     assert len({task.id for task in tasks}) == len(tasks) > 3
-    assert all(task.name in outputs.read() for task in tasks)
+    text = outputs.read()
+    assert all(task.name in text for task in tasks)
     assert outputs.with_secret() == []
 
 

@@ -170,7 +170,7 @@ async def test_a_task_that_no_request_has_scheduled_begins_a_trace(telemetry: Te
 
 
 @pytest.mark.parametrize(
-    ("func", "name"),
+    ("function", "name"),
     [
         (functools.partial(couple), f"{__name__}.couple"),
         (Telemetry, "tests.telemetry.Telemetry"),
@@ -180,11 +180,11 @@ async def test_a_task_that_no_request_has_scheduled_begins_a_trace(telemetry: Te
 )
 @on_real_clocks
 async def test_a_function_is_named_with_its_module(
-    func: Callable[..., Any], name: str, telemetry: Telemetry
+    function: Callable[..., Any], name: str, telemetry: Telemetry
 ) -> None:
     """Whatever kind of callable it is, and with no argument's value."""
     async with Supervisor(observers=[telemetry.observer]) as supervisor:
-        supervisor.schedule(func, *([1.5] if func is math.floor else []))
+        supervisor.schedule(function, *([1.5] if function is math.floor else []))
         await idle(supervisor)
 
     assert telemetry.attributes("code.function.name") == [name]
@@ -288,10 +288,10 @@ async def test_spans_of_the_function_are_children_of_its_own(
     assert parent_of(spans["inner"]) == spans["outer"].context.span_id
 
 
-@pytest.mark.parametrize("func", [derail, derail_in_thread])
+@pytest.mark.parametrize("function", [derail, derail_in_thread])
 @on_real_clocks
 async def test_the_former_context_is_back_when_a_run_is_over(
-    func: Callable[[], Any], telemetry: Telemetry
+    function: Callable[[], Any], telemetry: Telemetry
 ) -> None:
     """For the next attempt and for the error handler: they are no part of it."""
     seen: list[trace.Span] = []
@@ -306,7 +306,7 @@ async def test_the_former_context_is_back_when_a_run_is_over(
     async with Supervisor(observers=[telemetry.observer]) as supervisor:
         with telemetry.tracer.start_as_current_span("request") as span:
             retry = Retry(is_worth_it, wait_initial=0, wait_jitter=0)
-            supervisor.task(retry=retry, on_error=report).schedule(func)
+            supervisor.task(retry=retry, on_error=report).schedule(function)
         await idle(supervisor)
 
     assert seen[-1] is span
@@ -317,12 +317,12 @@ async def test_the_former_context_is_back_when_a_run_is_over(
 # How runs end
 
 
-@pytest.mark.parametrize("func", [derail, derail_in_thread])
+@pytest.mark.parametrize("function", [derail, derail_in_thread])
 @on_real_clocks
-async def test_a_failure_is_recorded(func: Callable[[], Any], telemetry: Telemetry) -> None:
+async def test_a_failure_is_recorded(function: Callable[[], Any], telemetry: Telemetry) -> None:
     """The status, the type, and the exception as an event."""
     async with Supervisor(observers=[telemetry.observer]) as supervisor:
-        supervisor.schedule(func)
+        supervisor.schedule(function)
         await idle(supervisor)
 
     (span,) = telemetry.spans.values()
@@ -336,7 +336,7 @@ async def test_a_failure_is_recorded(func: Callable[[], Any], telemetry: Telemet
     assert event.attributes["exception.message"] == "at the points"
     (point,) = telemetry.points("finished")
     assert point.attributes == {
-        "code.function.name": f"{__name__}.{func.__name__}",
+        "code.function.name": f"{__name__}.{function.__name__}",
         "fastapi_tasks.task.moment": "now",
         "fastapi_tasks.task.outcome": "failed",
         "error.type": kind,
@@ -636,8 +636,8 @@ async def test_nothing_is_kept_of_a_task(telemetry: Telemetry) -> None:
     """Neither of one that is over, nor of one that nobody will ever hear of again."""
     async with Supervisor(observers=[telemetry.observer]) as supervisor:
         refs = [
-            weakref.ref(supervisor.task(retry=Retry(OffTheRailsError)).schedule(func))
-            for func in (couple, derail)
+            weakref.ref(supervisor.task(retry=Retry(OffTheRailsError)).schedule(function))
+            for function in (couple, derail)
         ]
         await anyio.sleep(60)
         await idle(supervisor)

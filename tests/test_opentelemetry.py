@@ -10,7 +10,7 @@ import math
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +19,7 @@ import anyio.to_thread
 import pytest
 from fastapi import FastAPI
 from opentelemetry import trace
-from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 
 from fastapi_tasks import (
     InvalidSettingError,
@@ -36,7 +36,7 @@ from fastapi_tasks.observers.opentelemetry import OpenTelemetryObserver
 from .asgi import lifespan, request
 from .clocks import on_fake_clocks  # noqa: F401 - a fixture
 from .conftest import on_real_clocks
-from .recording import idle, let_others_run
+from .recording import collect_within_a_task, idle, let_others_run
 from .servers import PATIENCE
 from .telemetry import Telemetry, TracedRequests
 
@@ -58,6 +58,14 @@ def traced(telemetry: Telemetry) -> FastAPI:
     add_tasks(app, observers=[telemetry.observer])
     app.add_middleware(TracedRequests, tracer=telemetry.tracer)
     return app
+
+
+@pytest.fixture(autouse=True)
+def no_error_of_the_observer(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What the observer raises goes no further, so it has to be looked for."""
+    yield
+    records = caplog.get_records("call")
+    assert [r.getMessage() for r in records if r.getMessage().startswith("The observer")] == []
 
 
 async def couple() -> None:
@@ -162,7 +170,7 @@ async def test_a_task_that_no_request_has_scheduled_begins_a_trace(telemetry: Te
 
 
 @pytest.mark.parametrize(
-    ("func", "name"),
+    ("function", "name"),
     [
         (functools.partial(couple), f"{__name__}.couple"),
         (Telemetry, "tests.telemetry.Telemetry"),
@@ -172,11 +180,11 @@ async def test_a_task_that_no_request_has_scheduled_begins_a_trace(telemetry: Te
 )
 @on_real_clocks
 async def test_a_function_is_named_with_its_module(
-    func: Callable[..., Any], name: str, telemetry: Telemetry
+    function: Callable[..., Any], name: str, telemetry: Telemetry
 ) -> None:
     """Whatever kind of callable it is, and with no argument's value."""
     async with Supervisor(observers=[telemetry.observer]) as supervisor:
-        supervisor.schedule(func, *([1.5] if func is math.floor else []))
+        supervisor.schedule(function, *([1.5] if function is math.floor else []))
         await idle(supervisor)
 
     assert telemetry.attributes("code.function.name") == [name]
@@ -280,10 +288,10 @@ async def test_spans_of_the_function_are_children_of_its_own(
     assert parent_of(spans["inner"]) == spans["outer"].context.span_id
 
 
-@pytest.mark.parametrize("func", [derail, derail_in_thread])
+@pytest.mark.parametrize("function", [derail, derail_in_thread])
 @on_real_clocks
 async def test_the_former_context_is_back_when_a_run_is_over(
-    func: Callable[[], Any], telemetry: Telemetry
+    function: Callable[[], Any], telemetry: Telemetry
 ) -> None:
     """For the next attempt and for the error handler: they are no part of it."""
     seen: list[trace.Span] = []
@@ -298,7 +306,7 @@ async def test_the_former_context_is_back_when_a_run_is_over(
     async with Supervisor(observers=[telemetry.observer]) as supervisor:
         with telemetry.tracer.start_as_current_span("request") as span:
             retry = Retry(is_worth_it, wait_initial=0, wait_jitter=0)
-            supervisor.task(retry=retry, on_error=report).schedule(func)
+            supervisor.task(retry=retry, on_error=report).schedule(function)
         await idle(supervisor)
 
     assert seen[-1] is span
@@ -309,12 +317,12 @@ async def test_the_former_context_is_back_when_a_run_is_over(
 # How runs end
 
 
-@pytest.mark.parametrize("func", [derail, derail_in_thread])
+@pytest.mark.parametrize("function", [derail, derail_in_thread])
 @on_real_clocks
-async def test_a_failure_is_recorded(func: Callable[[], Any], telemetry: Telemetry) -> None:
+async def test_a_failure_is_recorded(function: Callable[[], Any], telemetry: Telemetry) -> None:
     """The status, the type, and the exception as an event."""
     async with Supervisor(observers=[telemetry.observer]) as supervisor:
-        supervisor.schedule(func)
+        supervisor.schedule(function)
         await idle(supervisor)
 
     (span,) = telemetry.spans.values()
@@ -328,7 +336,7 @@ async def test_a_failure_is_recorded(func: Callable[[], Any], telemetry: Telemet
     assert event.attributes["exception.message"] == "at the points"
     (point,) = telemetry.points("finished")
     assert point.attributes == {
-        "code.function.name": f"{__name__}.{func.__name__}",
+        "code.function.name": f"{__name__}.{function.__name__}",
         "fastapi_tasks.task.moment": "now",
         "fastapi_tasks.task.outcome": "failed",
         "error.type": kind,
@@ -352,7 +360,31 @@ async def test_an_error_that_has_no_text_ends_the_span_all_the_same(
         await idle(supervisor)
 
     assert telemetry.spans["mute"].status.status_code is trace.StatusCode.ERROR
+    assert telemetry.counts() == {"failed": 1}
     telemetry.assert_settled()
+    assert "OffTheRailsError" in caplog.text
+    caplog.clear()
+
+
+async def test_a_task_is_counted_though_there_is_no_span_to_be_had(
+    telemetry: Telemetry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A processor of spans that raises is nothing to the tasks, nor to their metrics."""
+
+    class Broken(SpanProcessor):
+        def on_start(self, span: object, parent_context: object = None) -> None:
+            raise OffTheRailsError
+
+    telemetry.tracer_provider.add_span_processor(Broken())
+    async with Supervisor(observers=[telemetry.observer]) as supervisor:
+        task = supervisor.schedule(couple)
+        await task.wait()
+
+    assert task.status == "succeeded"
+    assert telemetry.counts() == {"succeeded": 1}
+    telemetry.assert_settled()
+    assert "OffTheRailsError" in caplog.text
+    caplog.clear()
 
 
 async def test_a_builtin_error_has_a_short_type(telemetry: Telemetry) -> None:
@@ -390,6 +422,9 @@ async def test_every_attempt_has_a_span(telemetry: Telemetry) -> None:
     assert telemetry.total("started") == 1
     assert telemetry.counts() == {"succeeded": 1}
     assert telemetry.counts("duration") == {"retried": 2, "succeeded": 1}
+    for point in telemetry.points("duration"):
+        assert 0 < point.sum < PATIENCE
+        assert (point.explicit_bounds[0], point.explicit_bounds[-1]) == (0.005, 3600)  # seconds
     telemetry.assert_settled()
 
 
@@ -601,8 +636,8 @@ async def test_nothing_is_kept_of_a_task(telemetry: Telemetry) -> None:
     """Neither of one that is over, nor of one that nobody will ever hear of again."""
     async with Supervisor(observers=[telemetry.observer]) as supervisor:
         refs = [
-            weakref.ref(supervisor.task(retry=Retry(OffTheRailsError)).schedule(func))
-            for func in (couple, derail)
+            weakref.ref(supervisor.task(retry=Retry(OffTheRailsError)).schedule(function))
+            for function in (couple, derail)
         ]
         await anyio.sleep(60)
         await idle(supervisor)
@@ -610,6 +645,28 @@ async def test_nothing_is_kept_of_a_task(telemetry: Telemetry) -> None:
         gc.collect()
         assert [ref() for ref in refs] == [None, None]
     assert len(telemetry.observer._begun) == 0
+
+
+def test_nothing_is_kept_of_a_task_whose_loop_and_supervisor_are_gone(
+    telemetry: Telemetry,
+) -> None:
+    """The observer may live for longer than both."""
+    lost = Supervisor(observers=[telemetry.observer])
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(lost.start())
+    task = lost.schedule(stand)
+    ref = weakref.ref(task)
+    loop.run_until_complete(task.started.wait())
+    loop.run_until_complete(asyncio.sleep(0))  # to where it waits
+    loop.close()
+    del lost, loop, task
+
+    collect_within_a_task()
+
+    assert ref() is None
+    assert len(telemetry.observer._begun) == 0
+    assert telemetry.attributes("error.type") == ["GeneratorExit"]
+    telemetry.assert_settled()
 
 
 # Settings

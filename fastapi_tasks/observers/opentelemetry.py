@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from time import perf_counter
 from typing import Any, TypeAlias, cast
-from weakref import WeakKeyDictionary
 
 from fastapi_tasks.callables import parts, qualified_name
 from fastapi_tasks.errors import InvalidSettingError, MissingPackageError
@@ -91,8 +90,8 @@ class OpenTelemetryObserver:
         self._pending = meter.create_up_down_counter(
             "fastapi_tasks.task.pending", "{task}", "Tasks that were scheduled and have not begun."
         )
-        # By weak references: of a task that is abandoned, nobody may ever hear again.
-        self._begun: WeakKeyDictionary[Task, _Begun] = WeakKeyDictionary()
+        # By their ids: a task whose loop was closed is over when it is collected, and not before.
+        self._begun: dict[str, _Begun] = {}
 
     def __call__(self, event: TaskEvent, /) -> None:
         """Take note of an event."""
@@ -102,7 +101,7 @@ class OpenTelemetryObserver:
             case TaskEventKind.STARTED:
                 self._begin(event.task)
             case TaskEventKind.RETRYING:
-                self._end_run(event.task, self._begun[event.task], "retried", event.error)
+                self._end_run(event.task, self._begun[event.task.id], "retried", event.error)
             case TaskEventKind.FINISHED:
                 self._finish(event.task, "succeeded")
             case TaskEventKind.FAILED:
@@ -123,23 +122,23 @@ class OpenTelemetryObserver:
             self._pending.add(-1, attributes)
             self._live.add(1, attributes)
             self._started.add(1, attributes)
-            self._begun[task] = _Begun()
+            self._begun[task.id] = _Begun()  # first of all: a processor of spans may raise
         attributes = attributes | {_ID: task.id, _ATTEMPT: task.attempt}
         run = _Run(self._tracer.start_span(task.name, attributes=attributes))
-        self._begun[task].run = run
+        self._begun[task.id].run = run
         run.enter()
 
     def _finish(self, task: Task, outcome: str, error: BaseException | None = None) -> None:
         if not task.attempt:
             self._count_end(self._pending, task, outcome, error)
             return
-        begun = self._begun.pop(task)
+        begun = self._begun.pop(task.id)
         if not begun.is_abandoned:  # else it was counted then
             self._count_end(self._live, task, outcome, error)
         self._end_run(task, begun, outcome, error)
 
     def _abandon(self, task: Task) -> None:
-        begun = self._begun.get(task)
+        begun = self._begun.get(task.id)
         if begun is None:
             return  # it is over, and its error handler or one of its threads goes on
         begun.is_abandoned = True
@@ -162,7 +161,7 @@ class OpenTelemetryObserver:
     ) -> None:
         run = begun.run
         if run is None:
-            return  # it waits for its next attempt
+            return  # there was no span to be had
         is_own_context = find_current_task() is task
         try:
             if not run.is_over:
@@ -173,7 +172,6 @@ class OpenTelemetryObserver:
                 run.end(result, error)
         finally:
             if is_own_context:
-                begun.run = None
                 run.leave()
 
 

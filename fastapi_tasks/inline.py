@@ -6,7 +6,7 @@ import math
 from collections import deque
 from contextvars import Context, ContextVar, Token
 from dataclasses import replace
-from threading import Event
+from threading import Event, get_ident
 from typing import cast
 
 import anyio
@@ -48,6 +48,8 @@ class Inline:
         self._requests: dict[Task, _Request] = {}
         self._configs: dict[Task, TaskConfig] = {}
         self._waiting: dict[Task, Event] = {}
+        self._open: list[_Request] = []
+        self._thread = get_ident()
         self._run_id: str | None = None
         self._is_closed = False
         self.failures: list[Exception] = []
@@ -58,7 +60,7 @@ class Inline:
     def begin_request(self) -> None:
         """Take note of a request or WebSocket, in its context."""
         self._run_here()
-        _Request()
+        self._open.append(_Request())
 
     async def end_request(self) -> None:
         """Run what is left of its tasks, to their ends."""
@@ -68,6 +70,7 @@ class Inline:
             await self._settle(request)
         finally:
             request.is_over = True
+            self._open.remove(request)
             _request.reset(request.token)
             # Somebody has cancelled the request, and that is nothing to the tasks.
             self._start_all(request)
@@ -148,6 +151,11 @@ class Inline:
             anyio.run(self._run_alone, task)
         elif has_loop or find_current_task() is not None:
             self._start(task)
+        elif get_ident() != self._thread and self._open:
+            # A thread of the app's own, which the event loop itself may be waiting for. Without a
+            # lifespan the loop is gone after the request, so that has to wait for the task.
+            request = self._requests[task] = self._open[-1]
+            self._start(task, request)
         else:
             # A test that is not async: nothing but this would tell it when the task is over.
             waiting = self._waiting[task] = Event()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from contextvars import Context, copy_context
 from datetime import timedelta
 from pathlib import Path
@@ -738,6 +738,25 @@ def test_outside_of_requests_a_task_is_over_at_once(app: FastAPI, desk: Desk) ->
     assert len(desk) == 3
     with pytest.raises(ConnectionError), run_inline(supervisor):
         supervisor.schedule(fail)
+
+
+@pytest.mark.parametrize("has_lifespan", [True, False])
+def test_an_endpoint_may_wait_for_a_thread_that_schedules(
+    has_lifespan: bool, app: FastAPI, desk: Desk
+) -> None:
+    """The thread is not held up by a loop that waits for it, and the request waits for the task."""
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        thread = threading.Thread(target=tasks.schedule, args=(desk.take, "17"), daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        desk.append("held up" if thread.is_alive() else "scheduled")
+
+    client = TestClient(app)
+    with run_inline(app), client if has_lifespan else nullcontext():
+        client.get("/")
+        assert desk == ["scheduled", "17 begins", "17 ends"]
 
 
 def test_a_tasks_own_thread_is_not_held_up(desk: Desk) -> None:

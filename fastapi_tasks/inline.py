@@ -50,6 +50,7 @@ class Inline:
         self._waiting: dict[Task, Event] = {}
         self._open: list[_Request] = []
         self._thread = get_ident()
+        self._is_async = _has_loop()
         self._run_id: str | None = None
         self._is_closed = False
         self.failures: list[Exception] = []
@@ -62,12 +63,13 @@ class Inline:
         self._run_here()
         self._open.append(_Request())
 
-    async def end_request(self) -> None:
+    async def end_request(self, *, shield: bool) -> None:
         """Run what is left of its tasks, to their ends."""
         request = _request.get()
         assert request is not None
         try:
-            await self._settle(request)
+            with anyio.CancelScope(shield=shield):
+                await self._settle(request)
         finally:
             request.is_over = True
             self._open.remove(request)
@@ -122,15 +124,16 @@ class Inline:
 
     def observe(self, event: TaskEvent) -> None:
         """Keep what goes wrong: an observer."""
-        if event.kind in (TaskEventKind.FAILED, TaskEventKind.HANDLER_FAILED):
-            error = event.error
-            assert error is not None
-            if isinstance(error, Exception):
-                self.failures.append(error)
-                return
-            failure = TaskFailedError(event.task, error)  # SystemExit would end the whole test run
-            failure.__cause__ = error
-            self.failures.append(failure)
+        error = event.error
+        if error is None or event.kind is TaskEventKind.RETRYING:
+            return
+        if isinstance(error, Exception):
+            self.failures.append(error)
+            return
+        # SystemExit would end the whole test run. A cancellation is one that nobody asked for.
+        failure = TaskFailedError(event.task, error)
+        failure.__cause__ = error
+        self.failures.append(failure)
 
     def close(self) -> tuple[Task, ...]:
         """Stop the supervisor, unless it is a lifespan's; return the tasks that this cuts off."""
@@ -156,6 +159,8 @@ class Inline:
             # lifespan the loop is gone after the request, so that has to wait for the task.
             request = self._requests[task] = self._open[-1]
             self._start(task, request)
+        elif get_ident() != self._thread and self._is_async:
+            self._start(task)  # so may this one, in an async test
         else:
             # A test that is not async: nothing but this would tell it when the task is over.
             waiting = self._waiting[task] = Event()

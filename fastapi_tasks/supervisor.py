@@ -74,8 +74,11 @@ class StandIn(Protocol):
         """Take note of a request or WebSocket, in its context."""
         ...
 
-    async def end_request(self) -> None:
-        """Take note of its end, whatever has ended it; the server waits for this."""
+    async def end_request(self, *, shield: bool) -> None:
+        """Take note of its end, whatever has ended it; the server waits for this.
+
+        :param shield: whether it waits even if it was cancelled
+        """
         ...
 
     def require_running(self) -> None:

@@ -175,7 +175,7 @@ class _Capturing:
     def begin_request(self) -> None:
         """Do nothing."""
 
-    async def end_request(self) -> None:
+    async def end_request(self, *, shield: bool) -> None:
         """Do nothing."""
 
     def require_running(self) -> None:

@@ -759,6 +759,82 @@ def test_an_endpoint_may_wait_for_a_thread_that_schedules(
         assert desk == ["scheduled", "17 begins", "17 ends"]
 
 
+async def test_an_async_test_may_wait_for_a_thread_that_schedules(app: FastAPI, desk: Desk) -> None:
+    """Also where there is no request, and the loop is the one that waits."""
+    supervisor = get_supervisor(app)
+    with run_inline(app):
+        async with supervisor:
+            schedule = functools.partial(supervisor.schedule, desk.take, "17")
+            thread = threading.Thread(target=schedule, daemon=True)
+            thread.start()
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+            await wait_until_idle(app)
+    assert desk == ["17 begins", "17 ends"]
+
+
+def test_the_end_of_a_websocket_waits_for_its_tasks(app: FastAPI, desk: Desk) -> None:
+    """Though the client's block cancels it."""
+
+    @app.websocket("/")
+    async def endpoint(websocket: WebSocket, tasks: Tasks) -> None:
+        await websocket.accept()
+        tasks.after_response.schedule(take_in_thread)
+        await websocket.send_text("hello")
+        await websocket.close()
+
+    async def take_in_thread() -> None:
+        await anyio.to_thread.run_sync(let_go.wait)
+        desk.append("taken")
+
+    let_go = threading.Event()
+    with run_inline(app):
+        with TestClient(app).websocket_connect("/") as session:
+            assert session.receive_text() == "hello"
+            threading.Timer(0.05, let_go.set).start()
+        assert desk == ["taken"]
+
+
+@pytest.mark.parametrize("has_lifespan", [True, False])
+def test_a_task_that_nobody_asked_to_end_fails_the_test(has_lifespan: bool, app: FastAPI) -> None:
+    """What it was to do was not done."""
+
+    async def vanish() -> None:
+        raise anyio.get_cancelled_exc_class()
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        tasks.schedule(vanish)
+
+    client = TestClient(app)
+    with (
+        pytest.raises(TaskFailedError, match="vanish"),
+        run_inline(app),
+        client if has_lifespan else nullcontext(),
+    ):
+        assert client.get("/").status_code == 200
+
+
+def test_what_cannot_be_compared_is_not_equal(app: FastAPI) -> None:
+    """An assertion still tells what was scheduled."""
+
+    class Array:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            raise ValueError("ambiguous")
+
+        def __repr__(self) -> str:
+            return "Array()"
+
+    def store(array: Array) -> None: ...
+
+    with capture_tasks(app) as captured:
+        get_supervisor(app).schedule(store, Array())
+        with pytest.raises(AssertionError, match=r"store\(Array\(\)\)"):
+            captured.assert_scheduled(store, Array())
+
+
 def test_a_tasks_own_thread_is_not_held_up(desk: Desk) -> None:
     """It may have the only place for threads."""
     app = FastAPI()

@@ -17,6 +17,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
+import stamina
 from fastapi import FastAPI
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
@@ -425,6 +426,36 @@ async def test_every_attempt_has_a_span(telemetry: Telemetry) -> None:
     for point in telemetry.points("duration"):
         assert 0 < point.sum < PATIENCE
         assert (point.explicit_bounds[0], point.explicit_bounds[-1]) == (0.005, 3600)  # seconds
+    telemetry.assert_settled()
+
+
+async def test_a_run_has_ended_before_the_next_one_though_nobody_told_of_the_wait(
+    telemetry: Telemetry,
+) -> None:
+    """As whoever sets stamina's hooks anew may bring about: no span is lost, and none is nested."""
+
+    def is_worth_it(error: Exception) -> bool:
+        stamina.instrumentation.set_on_retry_hooks([])
+        return True
+
+    async def derail() -> None:
+        raise OffTheRailsError
+
+    retry = Retry(is_worth_it, attempts=3, wait_initial=0, wait_jitter=0)
+    try:
+        async with Supervisor(observers=[telemetry.observer]) as supervisor:
+            with telemetry.tracer.start_as_current_span("request") as around:
+                supervisor.task(retry=retry).schedule(derail)
+            await idle(supervisor)
+    finally:
+        stamina.instrumentation.set_on_retry_hooks(None)
+
+    runs = [span for span in telemetry.all_spans if span.name != "request"]
+    assert [(run.attributes or {})["fastapi_tasks.task.attempt"] for run in runs] == [1, 2, 3]
+    assert {run.parent and run.parent.span_id for run in runs} == {
+        around.get_span_context().span_id
+    }
+    assert telemetry.counts("duration") == {"retried": 2, "failed": 1}
     telemetry.assert_settled()
 
 

@@ -123,6 +123,9 @@ class OpenTelemetryObserver:
             self._live.add(1, attributes)
             self._started.add(1, attributes)
             self._begun[task.id] = _Begun()  # first of all: a processor of spans may raise
+        else:
+            # Nobody tells of the wait if stamina's hooks are set anew just before it.
+            self._end_run(task, self._begun[task.id], "retried")
         attributes = attributes | {_ID: task.id, _ATTEMPT: task.attempt}
         run = _Run(self._tracer.start_span(task.name, attributes=attributes))
         self._begun[task.id].run = run

@@ -201,10 +201,7 @@ def test_the_decorator_returns_the_function_itself() -> None:
 def test_a_decorator_goes_over_another_one() -> None:
     """Field by field, also on what is made of a decorated function."""
 
-    @task(timeout=5)
-    @task(name="inner", timeout=3)
-    def furl() -> None: ...
-
+    furl = task(timeout=5)(task(name="inner", timeout=3)(lambda: None))
     partial = functools.partial(furl)
     assert task(shield=True)(partial) is partial
 

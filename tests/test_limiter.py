@@ -166,7 +166,7 @@ async def test_all_functions_that_name_a_limiter_share_it() -> None:
             supervisor.task(timeout=3600).schedule(by_sail)
             supervisor.task(limiter=limiter, shield=True).schedule(lock.pass_through)
 
-    assert lock.was_full(2)
+    assert lock.was_no_fuller(2)  # in threads, two may not happen to meet
     assert (len(lock.order), limiter.borrowed_tokens) == (30, 0)
 
 

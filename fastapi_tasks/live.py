@@ -146,8 +146,8 @@ class LiveTasks:
             request.end_response()
 
     def waiting_requests(self) -> int:
-        """Return how many requests have tasks that wait for one of their moments."""
-        return sum(request.has_waiting() for request in self._requests)
+        """Return how many requests have tasks that wait for a moment, from any thread."""
+        return sum(request.has_waiting() for request in self._requests.copy())
 
     def drop_waiting(self, reason: str) -> None:
         """Give up what still waits for a moment of its request, and wait for no request more."""

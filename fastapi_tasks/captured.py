@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
-from .callables import qualified_name
+from .callables import parts, qualified_name
 from .observer import TaskEvent, TaskEventKind
 from .scheduler import TasksScheduler
 from .supervisor import Supervisor
@@ -194,7 +194,7 @@ def _is_equal(one: object, other: object) -> bool:
 
 
 def _is_of(task: Task, func: Callable[..., object]) -> bool:
-    return task.func == func or _plain(task.func, (), {})[0] == func
+    return task.func == func or parts(task.func)[0] == func
 
 
 def _shown_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ __all__ = [
     "as_config",
     "as_tuple",
     "in_seconds",
+    "is_amount",
     "is_wait",
     "policy_of",
     "task",
@@ -412,11 +413,16 @@ def _is_count(value: object, *, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= sys.maxsize
 
 
-def _is_seconds(value: object) -> bool:
+def is_amount(value: object) -> bool:
+    """Return whether something is a number, 0 or more and finite."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    # An integer may be too large for a clock, whose times are floats.
-    return 0 <= value <= sys.float_info.max or value == math.inf
+    # An integer may be too large for a float, which clocks and others than Python have.
+    return 0 <= value <= sys.float_info.max
+
+
+def _is_seconds(value: object) -> bool:
+    return is_amount(value) or (isinstance(value, float) and value == math.inf)
 
 
 def _is_duration(value: object, *, is_positive: bool = False, is_finite: bool = False) -> bool:

@@ -5,7 +5,6 @@ The supervisor keeps what is over as a :data:`Record`, which is several times ch
 
 from __future__ import annotations
 
-import sys
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, TypeAlias
@@ -13,6 +12,7 @@ from typing import Annotated, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from .callables import printable
+from .config import is_amount
 from .errors import InvalidSettingError
 
 __all__ = [
@@ -125,14 +125,14 @@ def progress_of(done: object, total: object, message: object) -> Progress:
 
     :raises InvalidSettingError: it cannot be a progress
     """
-    if not _is_number(done):
+    if not is_amount(done):
         raise InvalidSettingError(
             "done",
             done,
             expected="a number, 0 or more, and finite",
             instead="task.set_progress(17, total=40)",
         )
-    if total is not None and (not _is_number(total) or total == 0):
+    if total is not None and (not is_amount(total) or total == 0):
         raise InvalidSettingError(
             "total",
             total,
@@ -149,13 +149,6 @@ def progress_of(done: object, total: object, message: object) -> Progress:
             )
         message = _short(message)
     return Progress.model_validate({"done": done, "total": total, "message": message})
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    # An integer may be larger than what others than Python take for a number.
-    return 0 <= value <= sys.float_info.max
 
 
 def shown_error(error: BaseException) -> tuple[str, str]:

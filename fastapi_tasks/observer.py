@@ -92,12 +92,10 @@ class TaskObserver(Protocol):
 class Observers:
     """The observers of one supervisor, the log first."""
 
-    __slots__ = ("_before", "_observers", "_watched")
+    __slots__ = ("_observers", "_watched")
 
     def __init__(self, observers: Sequence[TaskObserver]) -> None:
-        self._observers: tuple[TaskObserver, ...] = (keep_log, *observers)
-        self._watched = bool(observers)
-        self._before: list[tuple[tuple[TaskObserver, ...], bool]] = []
+        self._set((keep_log, *observers))
 
     @property
     def watch_routine(self) -> bool:
@@ -109,13 +107,15 @@ class Observers:
 
         :param observer: one that has not joined
         """
-        self._before.append((self._observers, self._watched))
-        self._observers = (*self._observers, observer)
-        self._watched = True
+        self._set((*self._observers, observer))
 
     def leave(self) -> None:
         """Tell the observer no more that joined last."""
-        self._observers, self._watched = self._before.pop()
+        self._set(self._observers[:-1])
+
+    def _set(self, observers: tuple[TaskObserver, ...]) -> None:
+        self._observers = observers
+        self._watched = len(observers) > 1  # asked for with every task
 
     def tell(self, event: TaskEvent) -> None:
         """Tell every observer of an event, whatever the others do."""

@@ -368,7 +368,7 @@ class Supervisor(ImmediateTasks):
         :raises SupervisorStateError: the supervisor is running already
         """
         if self._state not in (_State.NEW, _State.STOPPED):
-            if self._spawner is not None and not self._spawner.is_closed():
+            if self.has_loop:
                 raise SupervisorStateError("start() was called while the supervisor is running")
             self._lose_loop()
         self._run_id = _new_run_id()
@@ -533,7 +533,7 @@ class Supervisor(ImmediateTasks):
 
     def _is_handed_over(self, func: Callable[..., object], *args: object) -> bool:
         """Hand a call to the event loop, unless this is its thread or there is none that runs."""
-        return get_ident() != self._thread and self._inbox.put(func, *args)
+        return not self.is_here and self._inbox.put(func, *args)
 
     def _admit(self, task: Task) -> None:
         if is_over(task):
@@ -571,7 +571,7 @@ class Supervisor(ImmediateTasks):
             kind, history = TaskEventKind.CANCELLED, self._history
             if not give_up(task, kind, _BY_USER, self._observers, history=history):
                 self.cancel_task(task)  # or did: the loop has begun it while a thread was here
-        elif get_ident() == self._thread:
+        elif self.is_here:
             assert self._live is not None
             self._live.cancel((task,), _BY_USER)
         else:

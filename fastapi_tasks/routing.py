@@ -8,10 +8,11 @@ import inspect
 import logging
 from collections.abc import Callable, Coroutine
 from types import CoroutineType
-from typing import Annotated, Any, TypeAlias, cast
+from typing import Annotated, Any, TypeAlias, cast, get_args
 from weakref import WeakValueDictionary
 
-from fastapi import Depends, Request, Response
+from anyio import from_thread
+from fastapi import Depends, Request, Response, WebSocket, params
 from fastapi.exceptions import ValidationException
 from fastapi.routing import APIRoute
 from starlette.background import BackgroundTask, BackgroundTasks
@@ -33,6 +34,8 @@ from .scheduler import TasksScheduler
 __all__ = ["Tasks", "TasksRoute", "get_tasks"]
 
 _WRAPPER = "__fastapi_tasks_wrapper__"
+_TAKES_TASKS = "__fastapi_tasks_takes_tasks__"
+_TAKEN = "fastapi_tasks_taken"
 
 # Routes cannot be hashed, so they are known by their ids, as long as they live.
 _noted: WeakValueDictionary[int, BaseRoute] = WeakValueDictionary()
@@ -49,12 +52,16 @@ async def get_tasks(connection: HTTPConnection) -> TasksScheduler:
     :raises FastAPITasksUninitializedAppError: there is no ``add_tasks``, or the app's lifespan
         is not running
     """
-    scope = connection.scope
-    served = connection_of(scope)
-    if served is None:
+    return _taken_from(connection.scope)
+
+
+def _taken_from(scope: Scope) -> TasksScheduler:
+    """Do what :func:`get_tasks` says."""
+    connection = connection_of(scope)
+    if connection is None:
         raise FastAPITasksUninitializedAppError(UninitializedReason.NO_ADD_TASKS)
-    scheduler = served.take_scheduler(scope)
-    if served.endpoint is None:
+    scheduler = connection.take_scheduler(scope)
+    if connection.endpoint is None:
         _note_plain_route(scope)
     return scheduler
 
@@ -78,18 +85,26 @@ class TasksRoute(APIRoute):
         """Return the handler, which knows when the response was made and when it is over."""
         handler = super().get_route_handler()
         endpoint = self.endpoint
+        takes_tasks = hasattr(endpoint, _TAKES_TASKS)
+        is_fresh = self._makes_responses()
 
         async def handle(request: Request) -> Response:
-            leave_outer_connection(request.scope)
-            connection = connection_of(request.scope)
+            scope = request.scope
+            leave_outer_connection(scope)
+            connection = connection_of(scope)
             outer = None
             if connection is not None:
                 outer, connection.endpoint = connection.endpoint, endpoint
             try:
+                if takes_tasks:
+                    # Here and not in the endpoint's wrapper, which may run in a thread.
+                    scope[_TAKEN] = (
+                        await _take_tasks(request) if _is_overridden(scope) else _taken_from(scope)
+                    )
                 response = await handler(request)
                 if connection is None or connection.scheduler is None:
                     return response
-                return await _release_after(response, connection)
+                return await _release_after(response, connection, is_fresh=is_fresh)
             except BaseException as error:
                 if connection is not None:
                     connection.endpoint_over(error)
@@ -102,6 +117,16 @@ class TasksRoute(APIRoute):
                     connection.endpoint = outer
 
         return handle
+
+    def _makes_responses(self) -> bool:
+        """Return whether every response is made for its request, but for those of the endpoint.
+
+        FastAPI does so, and copies are spared. Another route class, or a wrapper of the user's
+        that is not the function below, may return one that serves other requests too.
+        """
+        handler = cast(Any, super().get_route_handler)
+        is_fastapis = handler.__func__ is APIRoute.get_route_handler
+        return is_fastapis and (_is_wrapper(self.endpoint) or is_generator_endpoint(self.endpoint))
 
     # Not async itself: every request would pay for one more coroutine.
     def handle(self, scope: Scope, receive: Receive, send: Send) -> CoroutineType[Any, Any, None]:
@@ -126,14 +151,17 @@ class _AfterResponse(BackgroundTasks):
             await super().__call__()
 
 
-async def _release_after(response: Response, connection: Connection) -> Response:
-    """Return a response that releases the request's tasks when it was sent."""
+async def _release_after(response: Response, connection: Connection, *, is_fresh: bool) -> Response:
+    """Return a response that releases the request's tasks when it was sent.
+
+    :param is_fresh: whether it was made for this request, unless the endpoint has returned it
+    """
     if not _is_wrapper(connection.endpoint):
         # The wrapper would have done so, but a generator endpoint has none: it has returned as
         # soon as the generator is there.
         connection.endpoint_over()
         await _give_turn(connection)
-    if response is not connection.response:
+    if response is not connection.response and not (is_fresh and connection.returned):
         response = copy.copy(response)
     connection.response = None  # tasks may keep the connection for long
     response.background = _AfterResponse(connection, response.background)
@@ -155,7 +183,11 @@ def _wrapped(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     if _is_wrapper(endpoint) or is_generator_endpoint(endpoint):
         return endpoint
     wrap = _wrapped_coroutine if is_coroutine_endpoint(endpoint) else _wrapped_function
-    wrapper = wrap(endpoint)
+    parameter, signature = _without_dependency(endpoint)
+    wrapper = wrap(endpoint, parameter)
+    if signature is not None:
+        wrapper.__signature__ = signature  # type: ignore[attr-defined]
+        setattr(wrapper, _TAKES_TASKS, True)
     if not hasattr(endpoint, "__name__"):
         # A partial or an instance, which FastAPI calls by the name of its class.
         wrapper.__name__ = type(endpoint).__name__
@@ -166,9 +198,14 @@ def _wrapped(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _wrapped_coroutine(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapped_coroutine(endpoint: Callable[..., Any], parameter: str | None) -> Callable[..., Any]:
     @functools.wraps(endpoint)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if parameter is not None:
+            given = kwargs.get(parameter)
+            if isinstance(given, HTTPConnection):
+                taken = given.scope.get(_TAKEN)
+                kwargs[parameter] = await _take_tasks(given) if taken is None else taken
         try:
             result = await endpoint(*args, **kwargs)
         except BaseException as error:
@@ -183,9 +220,14 @@ def _wrapped_coroutine(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _wrapped_function(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapped_function(endpoint: Callable[..., Any], parameter: str | None) -> Callable[..., Any]:
     @functools.wraps(endpoint)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if parameter is not None:
+            given = kwargs.get(parameter)
+            if isinstance(given, HTTPConnection):
+                taken = given.scope.get(_TAKEN)
+                kwargs[parameter] = from_thread.run(_take_tasks, given) if taken is None else taken
         try:
             result = endpoint(*args, **kwargs)
         except BaseException as error:
@@ -198,6 +240,75 @@ def _wrapped_function(endpoint: Callable[..., Any]) -> Callable[..., Any]:
         return _own(result, connection)
 
     return wrapper
+
+
+def _without_dependency(
+    endpoint: Callable[..., Any],
+) -> tuple[str | None, inspect.Signature | None]:
+    """Return which parameter takes ``Tasks``, and the signature with the connection in its place.
+
+    For FastAPI to resolve a dependency costs half of what it does for a whole request; a
+    connection costs it nothing. Whatever is not plain to see is left to FastAPI.
+    """
+    try:
+        parameters = inspect.signature(endpoint, eval_str=True).parameters
+    except Exception:  # its annotations are for FastAPI to understand, or to complain of
+        return None, None
+    names = [name for name, parameter in parameters.items() if _takes_tasks(parameter)]
+    if len(names) != 1 or any(map(_takes_connection, parameters.values())):
+        return None, None
+    signature = inspect.signature(endpoint)
+    replaced = [
+        parameter.replace(annotation=HTTPConnection) if name == names[0] else parameter
+        for name, parameter in signature.parameters.items()
+    ]
+    return names[0], signature.replace(parameters=replaced)
+
+
+def _takes_tasks(parameter: inspect.Parameter) -> bool:
+    """Return whether a parameter is annotated with :data:`Tasks`, or says the same by itself."""
+    if parameter.default is not inspect.Parameter.empty:
+        return False
+    kind, *marks = get_args(parameter.annotation) or (None,)
+    return (
+        kind is TasksScheduler
+        and len(marks) == 1
+        and type(marks[0]) is params.Depends
+        and marks[0].dependency is get_tasks
+    )
+
+
+def _takes_connection(parameter: inspect.Parameter) -> bool:
+    """Return whether FastAPI gives it the connection: it does so for one parameter only."""
+    annotation, *_ = get_args(parameter.annotation) or (parameter.annotation,)
+    return (
+        isinstance(annotation, type)
+        and issubclass(annotation, HTTPConnection)
+        and not issubclass(annotation, Request | WebSocket)
+    )
+
+
+async def _take_tasks(connection: HTTPConnection) -> Any:
+    """Return what FastAPI would give to a parameter that is annotated with :data:`Tasks`."""
+    scope = connection.scope
+    if not _is_overridden(scope):
+        return _taken_from(scope)
+    taken: Any = None
+
+    async def take(tasks: Tasks) -> None:
+        nonlocal taken
+        taken = tasks
+
+    # The override may have parameters of the path, too.
+    path = "".join(f"/{{{name}}}" for name in connection.path_params)
+    route = APIRoute(path, take, dependency_overrides_provider=scope["app"])
+    await route.get_route_handler()(cast(Request, connection))
+    return taken
+
+
+def _is_overridden(scope: Scope) -> bool:
+    # FastAPI's app puts itself there; another one has no overrides.
+    return get_tasks in getattr(scope.get("app"), "dependency_overrides", ())
 
 
 def _endpoint_over(

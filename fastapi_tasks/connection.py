@@ -6,9 +6,8 @@ route tells it what the endpoint did. Out of both it decides when the batches ar
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar, cast
@@ -36,6 +35,8 @@ __all__ = [
 T = TypeVar("T")
 
 _KEY = "fastapi_tasks"
+_REQUEST_STACK = "fastapi_inner_astack"
+_FUNCTION_STACK = "fastapi_function_astack"
 
 
 class Connection:
@@ -49,6 +50,7 @@ class Connection:
         "_failed",
         "_is_closed",
         "_request_stack",
+        "_token",
         "client_gone",
         "config",
         "endpoint",
@@ -76,6 +78,7 @@ class Connection:
         """Whether the server has taken the last of the response."""
         self._failed = False
         self._request_stack: ExitStack | None = None
+        self._token: Token[Connection | None] | None = None
         self._is_closed = False
 
     def take_scheduler(self, scope: Scope) -> TasksScheduler:
@@ -102,7 +105,12 @@ class Connection:
             # The request was made from within a task, and is not a part of it.
             request_stack.callback(_restore, leave, enter(None))
         self.supervisor.open(self)
-        request_stack.push(functools.partial(self._exit_request_stack, _current.set(self)))
+        token = _current.set(self)
+        if self._token is None:
+            self._token = token
+            request_stack.push(self)
+        else:  # the same route is attempted again, perhaps in another context
+            request_stack.callback(_restore, _current.reset, token)
         if self.endpoint is None:
             function_stack.push(self._exit_function_stack)
         if self.client_gone:
@@ -133,7 +141,7 @@ class Connection:
         """Release what waits for the response, since it was sent."""
         # After an error an exception handler is yet to send the response: what waits for that,
         # waits until the connection is closed.
-        if self.scheduler is not None and self._went_well:
+        if self.scheduler is not None and self.returned and not self._failed:
             self.scheduler.response_over(failed=False)
 
     def takes_turn(self) -> bool:
@@ -153,7 +161,7 @@ class Connection:
     def close(self) -> None:
         """Release what is left, since the app is done with the connection."""
         if self.scheduler is not None:
-            self.scheduler.response_over(failed=not self._went_well)
+            self.scheduler.response_over(failed=self._failed or not self.returned)
             self.scheduler.forget_end()
             self.supervisor.close(self)
 
@@ -184,10 +192,6 @@ class Connection:
         if self.scheduler is not None:
             self.scheduler.note_error(error)
 
-    @property
-    def _went_well(self) -> bool:
-        return self.returned and not self._failed
-
     def _exit_function_stack(
         self,
         exc_type: type[BaseException] | None,
@@ -200,15 +204,16 @@ class Connection:
         is_failure = exc is not None and self._is_failure(exc) and not is_late
         self.endpoint_over(exc if is_failure else None)
 
-    def _exit_request_stack(
+    def __exit__(
         self,
-        token: Token[Connection | None],
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
         """Be the safety net under every way in which a response can end."""
-        _restore(_current.reset, token)
+        assert self._token is not None
+        _restore(_current.reset, self._token)
+        self._token = None
         self._is_closed = True
         if exc is not None and self._is_failure(exc):
             self._fail(exc)
@@ -236,9 +241,9 @@ class Connection:
 _current: ContextVar[Connection | None] = ContextVar("fastapi_tasks_connection", default=None)
 
 
-def current_connection() -> Connection | None:
-    """Return the connection that the caller serves, if ``Tasks`` was taken in it."""
-    return _current.get()
+# Each request asks several times, and a function of Python's would cost twice as much.
+current_connection: Callable[[], Connection | None] = _current.get
+"""Return the connection that the caller serves, if ``Tasks`` was taken in it."""
 
 
 def leave_outer_connection(scope: Scope) -> None:
@@ -252,10 +257,14 @@ def leave_outer_connection(scope: Scope) -> None:
 
 
 def _restore(reset: Callable[[Token[T]], None], token: Token[T]) -> None:
-    # A route class may run its handler in a task of its own. Then the context in which the
-    # variable was set is gone by itself.
-    with suppress(ValueError):
+    """Take back that a context variable was set, if the context is still there.
+
+    A route class may run its handler in a task of its own, whose context goes with it.
+    """
+    try:
         reset(token)
+    except ValueError:
+        return
 
 
 def connection_of(scope: Scope) -> Connection | None:
@@ -288,11 +297,9 @@ def exit_stacks(scope: Scope) -> tuple[ExitStack, ExitStack]:
     :param scope: the scope of a request or WebSocket
     :raises UnsupportedFastAPIError: there are none
     """
-    return _stack(scope, "fastapi_inner_astack"), _stack(scope, "fastapi_function_astack")
-
-
-def _stack(scope: Scope, key: str) -> ExitStack:
-    stack = scope.get(key)
-    if not isinstance(stack, AsyncExitStack):
-        raise UnsupportedFastAPIError(f'scope["{key}"]')
-    return cast(ExitStack, stack)
+    request_stack = scope.get(_REQUEST_STACK)
+    function_stack = scope.get(_FUNCTION_STACK)
+    for key, stack in ((_REQUEST_STACK, request_stack), (_FUNCTION_STACK, function_stack)):
+        if not isinstance(stack, AsyncExitStack):
+            raise UnsupportedFastAPIError(f'scope["{key}"]')
+    return cast("tuple[ExitStack, ExitStack]", (request_stack, function_stack))

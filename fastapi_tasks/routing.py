@@ -7,7 +7,6 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Coroutine
-from types import CoroutineType
 from typing import Annotated, Any, TypeAlias, cast, get_args
 from weakref import WeakValueDictionary
 
@@ -128,26 +127,26 @@ class TasksRoute(APIRoute):
         is_fastapis = handler.__func__ is APIRoute.get_route_handler
         return is_fastapis and (_is_wrapper(self.endpoint) or is_generator_endpoint(self.endpoint))
 
-    # Not async itself: every request would pay for one more coroutine.
-    def handle(self, scope: Scope, receive: Receive, send: Send) -> CoroutineType[Any, Any, None]:
+    # Not async itself: every request would pay for one more coroutine. Which kind of coroutine
+    # it returns, mypy and pyright do not agree about.
+    def handle(self, scope: Scope, receive: Receive, send: Send) -> Any:
         """Handle a request that matched, with the user's own endpoint in the scope."""
         scope["endpoint"] = _original(self.endpoint)
-        # Which kind of coroutine it is, mypy and pyright do not agree about.
-        handling: CoroutineType[Any, Any, None] = cast(Any, super().handle(scope, receive, send))
-        return handling
+        return super().handle(scope, receive, send)
 
 
 class _AfterResponse(BackgroundTasks):
     """Releases a request's tasks when its response was sent, before its background tasks run."""
 
     def __init__(self, connection: Connection, then: BackgroundTask | None) -> None:
-        super().__init__(None if then is None else [then])
+        super().__init__([] if then is None else [then])
         self._connection = connection
 
     async def __call__(self) -> None:
         self._connection.response_over()
         if self.tasks:
-            await _give_turn(self._connection)
+            if self._connection.takes_turn():
+                await self._connection.supervisor.turn()
             await super().__call__()
 
 
@@ -160,22 +159,13 @@ async def _release_after(response: Response, connection: Connection, *, is_fresh
         # The wrapper would have done so, but a generator endpoint has none: it has returned as
         # soon as the generator is there.
         connection.endpoint_over()
-        await _give_turn(connection)
+        if connection.takes_turn():
+            await connection.supervisor.turn()
     if response is not connection.response and not (is_fresh and connection.returned):
         response = copy.copy(response)
     connection.response = None  # tasks may keep the connection for long
     response.background = _AfterResponse(connection, response.background)
     return response
-
-
-async def _give_turn(connection: Connection) -> None:
-    if connection.takes_turn():
-        await connection.supervisor.turn()
-
-
-def _give_turn_from_thread(connection: Connection) -> None:
-    if connection.takes_turn():
-        connection.supervisor.turn_from_thread()
 
 
 def _wrapped(endpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,7 +204,8 @@ def _wrapped_coroutine(endpoint: Callable[..., Any], parameter: str | None) -> C
         connection = _endpoint_over(wrapper)
         if connection is None:
             return result
-        await _give_turn(connection)
+        if connection.takes_turn():
+            await connection.supervisor.turn()
         return _own(result, connection)
 
     return wrapper
@@ -236,7 +227,8 @@ def _wrapped_function(endpoint: Callable[..., Any], parameter: str | None) -> Ca
         connection = _endpoint_over(wrapper)
         if connection is None:
             return result
-        _give_turn_from_thread(connection)
+        if connection.takes_turn():
+            connection.supervisor.turn_from_thread()
         return _own(result, connection)
 
     return wrapper

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
+from threading import Lock
 
 from .bound import BoundTasks, ImmediateTasks
 from .config import INHERIT_ALL, TaskConfig
@@ -14,30 +15,23 @@ from .tasks import Moment, RequestEnd, Task
 __all__ = ["TasksBatch", "TasksScheduler"]
 
 
+_making_batches = Lock()
+
+
 class TasksBatch(BoundTasks):
     """Tasks that wait for a moment of the request: ``tasks.after_route``, ``.after_response``.
 
     What is scheduled once the moment has passed starts at once.
 
-    :param supervisor: where the tasks run
-    :param inherited: the app's configuration
-    :param end: how the request ends
+    :param request: the tasks of the request
     :param moment: which moment that is
-    :param endpoint: the endpoint that schedules them, if there is one
     """
 
-    __slots__ = ("_end", "_failed", "_taken", "_waiting")
+    __slots__ = ("_failed", "_request", "_taken", "_waiting")
 
-    def __init__(
-        self,
-        supervisor: Supervisor,
-        inherited: TaskConfig,
-        end: RequestEnd,
-        moment: Moment,
-        endpoint: object,
-    ) -> None:
-        super().__init__(supervisor, inherited, INHERIT_ALL, endpoint, moment)
-        self._end: RequestEnd | None = end
+    def __init__(self, request: TasksScheduler, moment: Moment) -> None:
+        super().__init__(request._home, request._inherited, INHERIT_ALL, request._endpoint, moment)
+        self._request = request
         self._waiting: deque[Task] = deque()
         self._taken: Task | None = None
         self._failed: bool | None = None
@@ -53,6 +47,8 @@ class TasksBatch(BoundTasks):
         """
         if self._failed is None:
             self._failed = failed
+        if not self._waiting:  # most requests have no tasks for most of their moments
+            return False
         started = False
         for task in self._take():
             started |= self._start_or_drop(task, failed=self._failed)
@@ -76,10 +72,6 @@ class TasksBatch(BoundTasks):
         for task in self._take():
             self._home.drop(task, reason)
 
-    def forget_end(self) -> None:
-        """Let go of how the request has ended, which is no news for what is still scheduled."""
-        self._end = None
-
     def _take(self) -> Iterator[Task]:
         # Asked for, not looked up before: another thread may be faster.
         try:
@@ -101,7 +93,7 @@ class TasksBatch(BoundTasks):
         return False
 
     def _place(self, task: Task) -> None:
-        task.request_end = self._end
+        task.request_end = self._request.end
         self._waiting.append(task)
         # Looked at afterwards: a release in another thread sees the task, or this one sees it.
         if self._failed is not None:
@@ -121,7 +113,16 @@ class TasksScheduler(ImmediateTasks):
     :param endpoint: the endpoint that schedules them, if there is one
     """
 
-    __slots__ = ("_end", "_supervisor", "after_response", "after_route", "owes_turn")
+    __slots__ = (
+        "_after_response",
+        "_after_route",
+        "_is_over",
+        "_response_failed",
+        "_route_failed",
+        "_supervisor",
+        "end",
+        "owes_turn",
+    )
 
     def __init__(
         self,
@@ -132,14 +133,14 @@ class TasksScheduler(ImmediateTasks):
         inherited = supervisor.settings.config if config is None else config
         super().__init__(supervisor, inherited, INHERIT_ALL, endpoint)
         self._supervisor = supervisor
-        end = RequestEnd()
-        self._end: RequestEnd | None = end
-        self.after_route = TasksBatch(supervisor, inherited, end, "after_route", endpoint)
-        """Tasks scheduled on it start when the endpoint has returned, before its value is
-        serialized."""
-        self.after_response = TasksBatch(supervisor, inherited, end, "after_response", endpoint)
-        """Tasks scheduled on it start when the response is over: it was sent, or the client is
-        gone."""
+        # Made when somebody asks: most requests have tasks for one moment at most.
+        self._after_route: TasksBatch | None = None
+        self._after_response: TasksBatch | None = None
+        self._route_failed: bool | None = None
+        self._response_failed: bool | None = None
+        self._is_over = False
+        self.end: RequestEnd | None = RequestEnd()
+        """How the request ends, until it is over."""
         self.owes_turn = False
         """Whether tasks were started that have not had the event loop yet."""
 
@@ -148,12 +149,45 @@ class TasksScheduler(ImmediateTasks):
         """Where the tasks run."""
         return self._supervisor
 
+    @property
+    def after_route(self) -> TasksBatch:
+        """Tasks scheduled on it start when the endpoint has returned, before its value is
+        serialized."""
+        batch = self._after_route
+        if batch is None:
+            with _making_batches:  # two threads may ask at once, for one batch
+                batch = self._after_route
+                if batch is None:
+                    batch = self._after_route = TasksBatch(self, "after_route")
+            # After the assignment: its moment may come between the two, and then one of both
+            # sees what the other did.
+            if self._route_failed is not None:
+                batch.release(failed=self._route_failed)
+        return batch
+
+    @property
+    def after_response(self) -> TasksBatch:
+        """Tasks scheduled on it start when the response is over: it was sent, or the client is
+        gone."""
+        batch = self._after_response
+        if batch is None:
+            with _making_batches:  # as above
+                batch = self._after_response
+                if batch is None:
+                    batch = self._after_response = TasksBatch(self, "after_response")
+            if self._response_failed is not None:
+                batch.release(failed=self._response_failed)
+        return batch
+
     def route_over(self, *, failed: bool) -> None:
         """Release the tasks that wait for the endpoint.
 
         :param failed: whether it raised
         """
-        if self.after_route.release(failed=failed):
+        if self._route_failed is None:
+            self._route_failed = failed
+        batch = self._after_route
+        if batch is not None and batch.release(failed=self._route_failed):
             self.owes_turn = True
 
     def response_over(self, *, failed: bool) -> None:
@@ -161,52 +195,63 @@ class TasksScheduler(ImmediateTasks):
 
         :param failed: whether the request went wrong anywhere
         """
+        if self._is_over:
+            return
         self.route_over(failed=failed)
-        if self.after_response.release(failed=failed):
+        if self._response_failed is None:
+            self._response_failed = failed
+        batch = self._after_response
+        if batch is not None and batch.release(failed=self._response_failed):
             self.owes_turn = True
+        # Last: whoever interrupts it leaves the rest to the next one who calls.
+        self._is_over = True
 
     def note_status(self, status: int) -> None:
         """Let the tasks of the request know how the app answers.
 
         :param status: the response's
         """
-        if self._end is not None:
-            self._end.status = status
+        if self.end is not None:
+            self.end.status = status
 
     def note_error(self, error: BaseException) -> None:
         """Let the tasks of the request know what went wrong.
 
         :param error: what was raised
         """
-        if self._end is not None:
-            self._end.error = error
+        if self.end is not None:
+            self.end.error = error
 
     def forget_end(self) -> None:
         """Leave it to the tasks alone to know how the request has ended, since it has.
 
         The error leads to the frames of the request, and those lead here.
         """
-        self._end = None
-        self.after_route.forget_end()
-        self.after_response.forget_end()
+        self.end = None
 
     def has_waiting(self) -> bool:
         """Return whether tasks wait for a moment of the request."""
-        return self.after_route.has_waiting() or self.after_response.has_waiting()
+        return any(batch.has_waiting() for batch in self._batches())
 
     def waiting(self) -> tuple[Task, ...]:
         """Return them, from any thread."""
-        return self.after_route.waiting() + self.after_response.waiting()
+        return tuple(task for batch in self._batches() for task in batch.waiting())
 
     def drop_waiting(self, reason: str) -> None:
         """Give up the tasks that wait for a moment of the request.
 
         :param reason: why, for the records
         """
-        self.after_route.drop(reason)
-        self.after_response.drop(reason)
+        for batch in self._batches():
+            batch.drop(reason)
+
+    def _batches(self) -> Iterator[TasksBatch]:
+        """Yield the batches that somebody has asked for."""
+        for batch in (self._after_route, self._after_response):
+            if batch is not None:
+                yield batch
 
     def _place(self, task: Task) -> None:
-        task.request_end = self._end
+        task.request_end = self.end
         self._home.submit(task)
         self.owes_turn = True

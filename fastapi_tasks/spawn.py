@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from contextvars import Context
 from types import TracebackType
@@ -79,7 +79,7 @@ class Spawner(Protocol):
         """Return whether the loop can run nothing any more."""
         ...
 
-    async def turn(self) -> None:
+    def turn(self) -> Awaitable[None]:
         """Let every task that was spawned before run to its first await."""
         ...
 
@@ -143,8 +143,8 @@ class AsyncioSpawner:
     def is_closed(self) -> bool:
         return self._loop.is_closed()
 
-    async def turn(self) -> None:
-        await asyncio.sleep(0)
+    def turn(self) -> Awaitable[None]:
+        return asyncio.sleep(0)
 
     def turn_from_thread(self) -> None:
         # The loop calls back in the order in which it was asked to: what the thread scheduled

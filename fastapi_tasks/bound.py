@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, overload
 import anyio
 
 from .callables import is_async
-from .config import Duration, Retry, RunIf, TaskConfig, as_config, policy_of
+from .config import INHERIT_ALL, Duration, Retry, RunIf, TaskConfig, as_config, policy_of
 from .errors import InvalidSettingError
 from .request_bound import check_arguments
 from .tasks import Moment, Task, TaskErrorHandler, TaskOwner
@@ -58,7 +58,7 @@ class BoundTasks(ABC):
         self,
         home: TaskHome,
         inherited: TaskConfig,
-        own: TaskConfig,
+        own: TaskConfig = INHERIT_ALL,
         endpoint: object = None,
         moment: Moment = "now",
     ) -> None:
@@ -69,7 +69,7 @@ class BoundTasks(ABC):
         self._endpoint = endpoint
         self._moment: Moment = moment
         # The merged configuration of every function that has none of its own.
-        self._config = inherited.merge(own)
+        self._config = inherited if own is INHERIT_ALL else inherited.merge(own)
 
     @abstractmethod
     def _place(self, task: Task) -> None:

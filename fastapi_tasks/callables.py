@@ -98,6 +98,8 @@ def qualified_name(func: Callable[..., object]) -> str:
 
     :param func: the callable; a ``functools.partial`` is looked through
     """
+    if type(func) is FunctionType:
+        return func.__qualname__
     func = _impartial(func)
     name = getattr(func, "__qualname__", None)
     return name if isinstance(name, str) else type(func).__qualname__

@@ -93,22 +93,22 @@ class Connection:
             if not self._is_attempted_again(request_stack):
                 return self.scheduler
             self.close()
-        self.supervisor.require_running()
-        if self.scheduler is None:
-            self.supervisor.require_room()  # once: a request that was let in stays so
+        supervisor = self.supervisor
+        supervisor.require_running()
+        if self.scheduler is None and supervisor.settings.max_tasks is not None:
+            supervisor.require_room()  # once: a request that was let in stays so
         self.returned = self._failed = self._is_closed = False
         self._request_stack = request_stack
         endpoint = scope.get("endpoint")
-        scheduler = self.scheduler = TasksScheduler(self.supervisor, self.config, endpoint)
-        task = find_current_task()
-        if task is not None:
+        scheduler = self.scheduler = TasksScheduler(supervisor, self.config, endpoint)
+        if find_current_task() is not None:
             # The request was made from within a task, and is not a part of it.
             request_stack.callback(_restore, leave, enter(None))
-        self.supervisor.open(self)
+        supervisor.open(self)
         token = _current.set(self)
         if self._token is None:
             self._token = token
-            request_stack.push(self)
+            request_stack.push(cast(Any, self))  # its __enter__ is not for anybody
         else:  # the same route is attempted again, perhaps in another context
             request_stack.callback(_restore, _current.reset, token)
         if self.endpoint is None:
@@ -298,8 +298,9 @@ def exit_stacks(scope: Scope) -> tuple[ExitStack, ExitStack]:
     :raises UnsupportedFastAPIError: there are none
     """
     request_stack = scope.get(_REQUEST_STACK)
+    if not isinstance(request_stack, AsyncExitStack):
+        raise UnsupportedFastAPIError(f'scope["{_REQUEST_STACK}"]')
     function_stack = scope.get(_FUNCTION_STACK)
-    for key, stack in ((_REQUEST_STACK, request_stack), (_FUNCTION_STACK, function_stack)):
-        if not isinstance(stack, AsyncExitStack):
-            raise UnsupportedFastAPIError(f'scope["{key}"]')
-    return cast("tuple[ExitStack, ExitStack]", (request_stack, function_stack))
+    if not isinstance(function_stack, AsyncExitStack):
+        raise UnsupportedFastAPIError(f'scope["{_FUNCTION_STACK}"]')
+    return cast(ExitStack, request_stack), cast(ExitStack, function_stack)

@@ -67,7 +67,9 @@ class LiveTasks:
         self._history = history
         self._tasks: dict[Handle, Task] = {}
         self._abandoned: dict[Handle, Task] = {}
-        self._requests: set[OpenRequest] = set()
+        self._requests = requests = set[OpenRequest]()
+        self.open = requests.add
+        """Takes note of a request whose tasks may come to wait."""
         self._empty: anyio.Event | None = None
         self.listeners = listeners
         """Are called with each task that is over: those who keep count."""
@@ -131,14 +133,11 @@ class LiveTasks:
             else:
                 self._spawner.cancel(task.handle)
 
-    def open(self, request: OpenRequest) -> None:
-        """Take note of a request whose tasks may come to wait."""
-        self._requests.add(request)
-
     def close(self, request: OpenRequest) -> None:
         """Forget a request, none of whose tasks waits any more."""
         self._requests.discard(request)
-        self._wake_if_empty()
+        if self._empty is not None:
+            self._wake_if_empty(self._empty)
 
     def end_responses(self) -> None:
         """Release what waits for responses that the server is done with."""
@@ -151,7 +150,8 @@ class LiveTasks:
 
     def drop_waiting(self, reason: str) -> None:
         """Give up what still waits for a moment of its request, and wait for no request more."""
-        requests, self._requests = self._requests, set()
+        requests = self._requests.copy()
+        self._requests.clear()
         for request in requests:
             request.drop_waiting(reason)
 
@@ -221,14 +221,15 @@ class LiveTasks:
         _let_go(task)
         for listener in self.listeners:
             listener(task)
-        self._wake_if_empty()
+        if self._empty is not None:
+            self._wake_if_empty(self._empty)
 
     def _is_empty(self) -> bool:
         return not self._tasks and not any(request.has_waiting() for request in self._requests)
 
-    def _wake_if_empty(self) -> None:
-        if self._empty is not None and self._is_empty():
-            self._empty.set()
+    def _wake_if_empty(self, waiting: anyio.Event) -> None:
+        if self._is_empty():
+            waiting.set()
 
 
 def _let_go(task: Task) -> None:

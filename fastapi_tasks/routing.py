@@ -51,12 +51,12 @@ async def get_tasks(connection: HTTPConnection) -> TasksScheduler:
     :raises FastAPITasksUninitializedAppError: there is no ``add_tasks``, or the app's lifespan
         is not running
     """
-    return _taken_from(connection.scope)
+    scope = connection.scope
+    return _scheduler_of(connection_of(scope), scope)
 
 
-def _taken_from(scope: Scope) -> TasksScheduler:
+def _scheduler_of(connection: Connection | None, scope: Scope) -> TasksScheduler:
     """Do what :func:`get_tasks` says."""
-    connection = connection_of(scope)
     if connection is None:
         raise FastAPITasksUninitializedAppError(UninitializedReason.NO_ADD_TASKS)
     scheduler = connection.take_scheduler(scope)
@@ -85,6 +85,7 @@ class TasksRoute(APIRoute):
         handler = super().get_route_handler()
         endpoint = self.endpoint
         takes_tasks = hasattr(endpoint, _TAKES_TASKS)
+        is_wrapped = _is_wrapper(endpoint)
         is_fresh = self._makes_responses()
 
         async def handle(request: Request) -> Response:
@@ -98,12 +99,20 @@ class TasksRoute(APIRoute):
                 if takes_tasks:
                     # Here and not in the endpoint's wrapper, which may run in a thread.
                     scope[_TAKEN] = (
-                        await _take_tasks(request) if _is_overridden(scope) else _taken_from(scope)
+                        await _ask_override(request)
+                        if _is_overridden(scope)
+                        else _scheduler_of(connection, scope)
                     )
                 response = await handler(request)
                 if connection is None or connection.scheduler is None:
                     return response
-                return await _release_after(response, connection, is_fresh=is_fresh)
+                if not is_wrapped:
+                    # The wrapper would have done so, but a generator endpoint has none: it has
+                    # returned as soon as the generator is there.
+                    connection.endpoint_over()
+                    if connection.takes_turn():
+                        await connection.supervisor.turn()
+                return _releasing(response, connection, is_fresh=is_fresh)
             except BaseException as error:
                 if connection is not None:
                     connection.endpoint_over(error)
@@ -139,7 +148,7 @@ class _AfterResponse(BackgroundTasks):
     """Releases a request's tasks when its response was sent, before its background tasks run."""
 
     def __init__(self, connection: Connection, then: BackgroundTask | None) -> None:
-        super().__init__([] if then is None else [then])
+        self.tasks = [] if then is None else [then]
         self._connection = connection
 
     async def __call__(self) -> None:
@@ -150,17 +159,11 @@ class _AfterResponse(BackgroundTasks):
             await super().__call__()
 
 
-async def _release_after(response: Response, connection: Connection, *, is_fresh: bool) -> Response:
+def _releasing(response: Response, connection: Connection, *, is_fresh: bool) -> Response:
     """Return a response that releases the request's tasks when it was sent.
 
     :param is_fresh: whether it was made for this request, unless the endpoint has returned it
     """
-    if not _is_wrapper(connection.endpoint):
-        # The wrapper would have done so, but a generator endpoint has none: it has returned as
-        # soon as the generator is there.
-        connection.endpoint_over()
-        if connection.takes_turn():
-            await connection.supervisor.turn()
     if response is not connection.response and not (is_fresh and connection.returned):
         response = copy.copy(response)
     connection.response = None  # tasks may keep the connection for long
@@ -193,20 +196,23 @@ def _wrapped_coroutine(endpoint: Callable[..., Any], parameter: str | None) -> C
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         if parameter is not None:
             given = kwargs.get(parameter)
-            if isinstance(given, HTTPConnection):
+            if type(given) is Request or isinstance(given, HTTPConnection):
                 taken = given.scope.get(_TAKEN)
                 kwargs[parameter] = await _take_tasks(given) if taken is None else taken
         try:
             result = await endpoint(*args, **kwargs)
         except BaseException as error:
-            _endpoint_over(wrapper, error)
+            _endpoint_failed(wrapper, error)
             raise
-        connection = _endpoint_over(wrapper)
-        if connection is None:
+        connection = current_connection()
+        if connection is None or connection.endpoint is not wrapper:
             return result
+        connection.endpoint_over()
         if connection.takes_turn():
             await connection.supervisor.turn()
-        return _own(result, connection)
+        if isinstance(result, Response):
+            result = connection.response = copy.copy(result)  # it may serve others too
+        return result
 
     return wrapper
 
@@ -216,20 +222,23 @@ def _wrapped_function(endpoint: Callable[..., Any], parameter: str | None) -> Ca
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if parameter is not None:
             given = kwargs.get(parameter)
-            if isinstance(given, HTTPConnection):
+            if type(given) is Request or isinstance(given, HTTPConnection):
                 taken = given.scope.get(_TAKEN)
                 kwargs[parameter] = from_thread.run(_take_tasks, given) if taken is None else taken
         try:
             result = endpoint(*args, **kwargs)
         except BaseException as error:
-            _endpoint_over(wrapper, error)
+            _endpoint_failed(wrapper, error)
             raise
-        connection = _endpoint_over(wrapper)
-        if connection is None:
+        connection = current_connection()
+        if connection is None or connection.endpoint is not wrapper:
             return result
+        connection.endpoint_over()
         if connection.takes_turn():
             connection.supervisor.turn_from_thread()
-        return _own(result, connection)
+        if isinstance(result, Response):
+            result = connection.response = copy.copy(result)  # it may serve others too
+        return result
 
     return wrapper
 
@@ -282,9 +291,13 @@ def _takes_connection(parameter: inspect.Parameter) -> bool:
 
 async def _take_tasks(connection: HTTPConnection) -> Any:
     """Return what FastAPI would give to a parameter that is annotated with :data:`Tasks`."""
-    scope = connection.scope
-    if not _is_overridden(scope):
-        return _taken_from(scope)
+    if _is_overridden(connection.scope):
+        return await _ask_override(connection)
+    return await get_tasks(connection)
+
+
+async def _ask_override(connection: HTTPConnection) -> Any:
+    """Have FastAPI do the same, as somebody has put another dependency in our place."""
     taken: Any = None
 
     async def take(tasks: Tasks) -> None:
@@ -293,7 +306,7 @@ async def _take_tasks(connection: HTTPConnection) -> Any:
 
     # The override may have parameters of the path, too.
     path = "".join(f"/{{{name}}}" for name in connection.path_params)
-    route = APIRoute(path, take, dependency_overrides_provider=scope["app"])
+    route = APIRoute(path, take, dependency_overrides_provider=connection.scope["app"])
     await route.get_route_handler()(cast(Request, connection))
     return taken
 
@@ -303,18 +316,14 @@ def _is_overridden(scope: Scope) -> bool:
     return get_tasks in getattr(scope.get("app"), "dependency_overrides", ())
 
 
-def _endpoint_over(
-    wrapper: Callable[..., Any], error: BaseException | None = None
-) -> Connection | None:
-    """Tell the connection that its endpoint is over, and return it, if it has taken tasks.
+def _endpoint_failed(wrapper: Callable[..., Any], error: BaseException) -> None:
+    """Tell the connection that its endpoint has raised.
 
     A user's own wrapper may call ours; then it is the user's that is the endpoint.
     """
     connection = current_connection()
-    if connection is None or connection.endpoint is not wrapper:
-        return None
-    connection.endpoint_over(error)
-    return connection
+    if connection is not None and connection.endpoint is wrapper:
+        connection.endpoint_over(error)
 
 
 def _is_wrapper(endpoint: Callable[..., Any] | None) -> bool:
@@ -323,13 +332,6 @@ def _is_wrapper(endpoint: Callable[..., Any] | None) -> bool:
 
 def _original(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     return endpoint.__wrapped__ if _is_wrapper(endpoint) else endpoint  # type: ignore[attr-defined]
-
-
-def _own(result: Any, connection: Connection) -> Any:
-    """Return a response that this request may change: the endpoint's may serve others too."""
-    if isinstance(result, Response):
-        result = connection.response = copy.copy(result)
-    return result
 
 
 def _name_users_file(error: ValidationException, endpoint: Callable[..., Any]) -> None:

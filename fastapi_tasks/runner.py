@@ -101,7 +101,7 @@ class Runner:
                 del task
         else:
             settle(task, _SUCCEEDED, result=result)
-            if self._observers.watch_routine:
+            if task.is_watched:
                 self._tell(TaskEventKind.FINISHED, task)
             if task.strays:
                 await self._wait_for_strays(task)
@@ -257,7 +257,7 @@ class Runner:
         if not begin(task):
             raise _GivenUp
         task.has_place = True
-        if self._observers.watch_routine:
+        if task.is_watched:
             self._tell(TaskEventKind.STARTED, task)
 
     async def _run_in_thread(

@@ -8,7 +8,7 @@ from contextlib import suppress
 from threading import Lock
 
 from .bound import BoundTasks, ImmediateTasks
-from .config import INHERIT_ALL, TaskConfig
+from .config import TaskConfig
 from .supervisor import Supervisor
 from .tasks import Moment, RequestEnd, Task
 
@@ -30,7 +30,9 @@ class TasksBatch(BoundTasks):
     __slots__ = ("_failed", "_request", "_taken", "_waiting")
 
     def __init__(self, request: TasksScheduler, moment: Moment) -> None:
-        super().__init__(request._home, request._inherited, INHERIT_ALL, request._endpoint, moment)
+        super().__init__(
+            request._home, request._inherited, endpoint=request._endpoint, moment=moment
+        )
         self._request = request
         self._waiting: deque[Task] = deque()
         self._taken: Task | None = None
@@ -131,7 +133,7 @@ class TasksScheduler(ImmediateTasks):
         endpoint: object = None,
     ) -> None:
         inherited = supervisor.settings.config if config is None else config
-        super().__init__(supervisor, inherited, INHERIT_ALL, endpoint)
+        super().__init__(supervisor, inherited, endpoint=endpoint)
         self._supervisor = supervisor
         # Made when somebody asks: most requests have tasks for one moment at most.
         self._after_route: TasksBatch | None = None

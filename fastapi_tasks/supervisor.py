@@ -150,7 +150,7 @@ class Supervisor(ImmediateTasks):
             history,
         )
         """What the supervisor was made with."""
-        super().__init__(self, self.settings.config, INHERIT_ALL)
+        super().__init__(self, self.settings.config)
         self._observers = Observers(self.settings.observers)
         self._history = History(history)
         self._numbers = itertools.count(1)
@@ -180,6 +180,8 @@ class Supervisor(ImmediateTasks):
         is_async: bool,
     ) -> Task:
         """Make a task of a call, with the context variables of this moment."""
+        # Asked once for each task: who begins to watch meanwhile, hears of the next ones.
+        is_watched = self._observers.watch_routine
         task: Task = Task(
             self,
             (self._run_id, next(self._numbers)),
@@ -190,8 +192,9 @@ class Supervisor(ImmediateTasks):
             copy_context(),
             moment,
             is_async=is_async,
+            is_watched=is_watched,
         )
-        if self._observers.watch_routine:
+        if is_watched:
             self._observers.tell(TaskEvent(TaskEventKind.SCHEDULED, (task,)))
         return task
 

@@ -146,6 +146,7 @@ class Task(Generic[P, T_co]):
         "has_place",
         "in_threads",
         "is_async",
+        "is_watched",
         "kwargs",
         "moment",
         "request_end",
@@ -164,6 +165,7 @@ class Task(Generic[P, T_co]):
         moment: Moment = "now",
         *,
         is_async: bool,
+        is_watched: bool = False,
     ) -> None:
         self.func = func
         """The function that was scheduled."""
@@ -179,6 +181,8 @@ class Task(Generic[P, T_co]):
         """The moment that the task was scheduled for, also if that had passed already."""
         self.is_async = is_async
         """Whether the function is awaited; if not, it runs in a thread."""
+        self.is_watched = is_watched
+        """Whether somebody wants to hear of it even if it goes well."""
         self.has_place = False
         """Whether an attempt has its place in the limiter just now."""
         self.in_threads = 0
@@ -224,8 +228,10 @@ class Task(Generic[P, T_co]):
     def name(self) -> str:
         """The configured name, else the function's qualified name; fit to be printed."""
         name = self._name
-        if name is None:  # it is asked for when the task is started, and when it is over
-            name = self._name = printable(self.config.name or qualified_name(self.func))
+        if name is None:
+            name = self.config.name or qualified_name(self.func)
+            # Asked here too, since every task is asked for its name when it is started.
+            self._name = name = name if name.isprintable() else printable(name)
         return name
 
     @property
@@ -404,9 +410,9 @@ TaskErrorHandler: TypeAlias = Callable[[Task[..., Any], Exception], Awaitable[No
 _current: ContextVar[Task | None] = ContextVar("fastapi_tasks_current_task", default=None)
 
 
-def find_current_task() -> Task | None:
-    """Return the task that the caller runs in, or ``None``."""
-    return _current.get()
+# Each task and request asks, and a function of Python's would cost twice as much.
+find_current_task: Callable[[], Task | None] = _current.get
+"""Return the task that the caller runs in, or ``None``."""
 
 
 def current_task() -> Task:
@@ -469,14 +475,11 @@ def record_of(task: Task) -> Record:
     )
 
 
-def enter(task: Task | None) -> Token[Task | None]:
-    """Make a task the current one of the calling context, or none of them."""
-    return _current.set(task)
+enter: Callable[[Task | None], Token[Task | None]] = _current.set
+"""Make a task the current one of the calling context, or none of them."""
 
-
-def leave(token: Token[Task | None]) -> None:
-    """Take back what :func:`enter` did."""
-    _current.reset(token)
+leave: Callable[[Token[Task | None]], None] = _current.reset
+"""Take back what :func:`enter` did."""
 
 
 def begin(task: Task) -> bool:
@@ -485,7 +488,7 @@ def begin(task: Task) -> bool:
     :return: ``False`` if the task was given up before
     """
     with _giving_up:
-        if is_over(task):
+        if task._status is not _PENDING and task._status is not _RUNNING:
             return False
         if task._begun_at is None:
             task._begun_at = time()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .config import SupervisorSettings, TaskConfig
-from .connection import Connection, connect, connection_of, current_connection
+from .connection import CONNECTION, Connection, current_connection
 from .errors import (
     AddTasksError,
     FastAPITasksUninitializedAppError,
@@ -134,20 +134,23 @@ class TasksMiddleware:
         self._supervisor = supervisor
         self._noted_mounted = False
 
-    # Not async itself: every request would pay for one more coroutine.
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a scope, as ASGI says."""
-        if scope["type"] == "http":
-            return self._serve(scope, receive, send, self._open(scope))
-        if scope["type"] == "lifespan":
-            return self._serve_lifespan(scope, receive, send)
-        if scope["type"] == "websocket":
-            return self._serve_websocket(scope, receive, send)
-        return self._app(scope, receive, send)
+        kind = scope["type"]
+        if kind == "lifespan":
+            await self._serve_lifespan(scope, receive, send)
+            return
+        if kind not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        connection = scope[CONNECTION] = self._connect(scope.get(CONNECTION))
 
-    async def _serve(
-        self, scope: Scope, receive: Receive, send: Send, connection: Connection
-    ) -> None:
+        async def receiving() -> Message:
+            message = await receive()
+            if message["type"] == "websocket.disconnect":
+                connection.peer_left()
+            return message
+
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 connection.response_begun(message["status"])
@@ -155,7 +158,7 @@ class TasksMiddleware:
                 await send(message)
             except OSError:
                 # https://asgi.readthedocs.io/en/latest/specs/www.html#disconnected-client-send-exception
-                if scope["type"] == "websocket":
+                if kind == "websocket":
                     connection.peer_left()
                 else:
                     connection.client_gone = True
@@ -167,23 +170,12 @@ class TasksMiddleware:
         if stand_in is not None:
             stand_in.begin_request()
         try:
-            await self._app(scope, receive, sending)
+            await self._app(scope, receive if kind == "http" else receiving, sending)
         finally:
             connection.close()
             if stand_in is not None:
                 # A test's WebSocket is cancelled when its block is left, and has ended well then.
-                await stand_in.end_request(shield=scope["type"] == "websocket")
-
-    async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        connection = self._open(scope)
-
-        async def receiving() -> Message:
-            message = await receive()
-            if message["type"] == "websocket.disconnect":
-                connection.peer_left()
-            return message
-
-        await self._serve(scope, receiving, send, connection)
+                await stand_in.end_request(shield=kind == "websocket")
 
     async def _serve_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         supervisor = self._supervisor
@@ -225,16 +217,16 @@ class TasksMiddleware:
         finally:
             await drain()  # the server gave up the lifespan without a word
 
-    def _open(self, scope: Scope) -> Connection:
-        outer = connection_of(scope)
-        if outer is None or outer.supervisor is self._supervisor:
-            connection = Connection(self._supervisor, self._supervisor.settings.config)
-        else:
-            self._note_mounted()
-            config = outer.config.merge(self._supervisor.settings.config)
-            connection = Connection(outer.supervisor, config)
-        connect(scope, connection)
-        return connection
+    def _connect(self, outer: Connection | None) -> Connection:
+        """Return what the scope is to have for its request or WebSocket.
+
+        :param outer: what it has, if the app is mounted in one that has tasks too
+        """
+        supervisor = self._supervisor
+        if outer is None or outer.supervisor is supervisor:
+            return Connection(supervisor, supervisor.settings.config)
+        self._note_mounted()
+        return Connection(outer.supervisor, outer.config.merge(supervisor.settings.config))
 
     def _note_mounted(self) -> None:
         if self._noted_mounted:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 import anyio
 from fastapi.exceptions import ResponseValidationError
@@ -25,16 +25,17 @@ from .supervisor import Supervisor
 from .tasks import Task, enter, find_current_task, leave
 
 __all__ = [
+    "CONNECTION",
     "Connection",
-    "connect",
-    "connection_of",
     "current_connection",
     "leave_outer_connection",
 ]
 
 T = TypeVar("T")
 
-_KEY = "fastapi_tasks"
+CONNECTION = "fastapi_tasks"
+"""Where the middleware puts the :class:`Connection` into a scope, which middlewares may copy."""
+
 _REQUEST_STACK = "fastapi_inner_astack"
 _FUNCTION_STACK = "fastapi_function_astack"
 
@@ -108,7 +109,7 @@ class Connection:
         token = _current.set(self)
         if self._token is None:
             self._token = token
-            request_stack.push(cast(Any, self))  # its __enter__ is not for anybody
+            request_stack.push(self._exit_request_stack)
         else:  # the same route is attempted again, perhaps in another context
             request_stack.callback(_restore, _current.reset, token)
         if self.endpoint is None:
@@ -134,15 +135,18 @@ class Connection:
 
         :param status: the response's
         """
-        if self.scheduler is not None:
-            self.scheduler.note_status(status)
+        if self.scheduler is not None and self.scheduler.end is not None:
+            self.scheduler.end.status = status
 
     def response_over(self) -> None:
         """Release what waits for the response, since it was sent."""
         # After an error an exception handler is yet to send the response: what waits for that,
         # waits until the connection is closed.
-        if self.scheduler is not None and self.returned and not self._failed:
-            self.scheduler.response_over(failed=False)
+        scheduler = self.scheduler
+        if scheduler is None or scheduler.is_over:
+            return
+        if self.returned and not self._failed:
+            scheduler.response_over(failed=False)
 
     def takes_turn(self) -> bool:
         """Return, once each time, whether tasks were started that have not had the loop yet."""
@@ -160,10 +164,13 @@ class Connection:
 
     def close(self) -> None:
         """Release what is left, since the app is done with the connection."""
-        if self.scheduler is not None:
-            self.scheduler.response_over(failed=self._failed or not self.returned)
-            self.scheduler.forget_end()
-            self.supervisor.close(self)
+        scheduler = self.scheduler
+        if scheduler is None:
+            return
+        if not scheduler.is_over:
+            scheduler.response_over(failed=self._failed or not self.returned)
+        scheduler.forget_end()
+        self.supervisor.close(self)
 
     def has_waiting(self) -> bool:
         """Return whether tasks wait for one of the connection's moments."""
@@ -189,8 +196,8 @@ class Connection:
     def _fail(self, error: BaseException) -> None:
         self._failed = True
         # Before anything is released, so that whoever asks finds it.
-        if self.scheduler is not None:
-            self.scheduler.note_error(error)
+        if self.scheduler is not None and self.scheduler.end is not None:
+            self.scheduler.end.error = error
 
     def _exit_function_stack(
         self,
@@ -204,7 +211,7 @@ class Connection:
         is_failure = exc is not None and self._is_failure(exc) and not is_late
         self.endpoint_over(exc if is_failure else None)
 
-    def __exit__(
+    def _exit_request_stack(
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
@@ -217,7 +224,8 @@ class Connection:
         self._is_closed = True
         if exc is not None and self._is_failure(exc):
             self._fail(exc)
-        self.response_over()
+        if self.scheduler is not None and not self.scheduler.is_over:
+            self.response_over()
 
     def _is_attempted_again(self, request_stack: ExitStack) -> bool:
         """Return whether the request is handled once more, with moments of its own.
@@ -251,9 +259,8 @@ def leave_outer_connection(scope: Scope) -> None:
 
     :param scope: the scope of a request, which may have been sent from within another one
     """
-    if _current.get() is not None:
-        request_stack, _ = exit_stacks(scope)
-        request_stack.callback(_restore, _current.reset, _current.set(None))
+    request_stack, _ = exit_stacks(scope)
+    request_stack.callback(_restore, _current.reset, _current.set(None))
 
 
 def _restore(reset: Callable[[Token[T]], None], token: Token[T]) -> None:
@@ -265,24 +272,6 @@ def _restore(reset: Callable[[Token[T]], None], token: Token[T]) -> None:
         reset(token)
     except ValueError:
         return
-
-
-def connection_of(scope: Scope) -> Connection | None:
-    """Return what the middleware of ``add_tasks`` put into a scope, if there is one.
-
-    :param scope: the scope of a request or WebSocket
-    """
-    return scope.get(_KEY)
-
-
-def connect(scope: Scope, connection: Connection) -> None:
-    """Put a connection into its scope.
-
-    :param scope: the scope of a request or WebSocket
-    :param connection: the connection
-    """
-    # Middlewares copy scopes, so the object in there has to be one that all copies share.
-    scope[_KEY] = connection
 
 
 ExitStack: TypeAlias = "AsyncExitStack[bool | None]"
@@ -297,10 +286,10 @@ def exit_stacks(scope: Scope) -> tuple[ExitStack, ExitStack]:
     :param scope: the scope of a request or WebSocket
     :raises UnsupportedFastAPIError: there are none
     """
-    request_stack = scope.get(_REQUEST_STACK)
+    request_stack: object = scope.get(_REQUEST_STACK)
     if not isinstance(request_stack, AsyncExitStack):
         raise UnsupportedFastAPIError(f'scope["{_REQUEST_STACK}"]')
-    function_stack = scope.get(_FUNCTION_STACK)
+    function_stack: object = scope.get(_FUNCTION_STACK)
     if not isinstance(function_stack, AsyncExitStack):
         raise UnsupportedFastAPIError(f'scope["{_FUNCTION_STACK}"]')
-    return cast(ExitStack, request_stack), cast(ExitStack, function_stack)
+    return request_stack, function_stack

@@ -20,12 +20,7 @@ from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
 from .callables import is_coroutine_endpoint, is_generator_endpoint, qualified_name
-from .connection import (
-    Connection,
-    connection_of,
-    current_connection,
-    leave_outer_connection,
-)
+from .connection import CONNECTION, Connection, current_connection, leave_outer_connection
 from .errors import FastAPITasksUninitializedAppError, UninitializedReason
 from .observer import logger
 from .scheduler import TasksScheduler
@@ -52,7 +47,7 @@ async def get_tasks(connection: HTTPConnection) -> TasksScheduler:
         is not running
     """
     scope = connection.scope
-    return _scheduler_of(connection_of(scope), scope)
+    return _scheduler_of(scope.get(CONNECTION), scope)
 
 
 def _scheduler_of(connection: Connection | None, scope: Scope) -> TasksScheduler:
@@ -90,8 +85,9 @@ class TasksRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             scope = request.scope
-            leave_outer_connection(scope)
-            connection = connection_of(scope)
+            if current_connection() is not None:
+                leave_outer_connection(scope)
+            connection: Connection | None = scope.get(CONNECTION)
             outer = None
             if connection is not None:
                 outer, connection.endpoint = connection.endpoint, endpoint
@@ -140,7 +136,9 @@ class TasksRoute(APIRoute):
     # it returns, mypy and pyright do not agree about.
     def handle(self, scope: Scope, receive: Receive, send: Send) -> Any:
         """Handle a request that matched, with the user's own endpoint in the scope."""
-        scope["endpoint"] = _original(self.endpoint)
+        endpoint = self.endpoint
+        if getattr(endpoint, _WRAPPER, None) is endpoint:
+            scope["endpoint"] = endpoint.__wrapped__
         return super().handle(scope, receive, send)
 
 
@@ -328,10 +326,6 @@ def _endpoint_failed(wrapper: Callable[..., Any], error: BaseException) -> None:
 
 def _is_wrapper(endpoint: Callable[..., Any] | None) -> bool:
     return getattr(endpoint, _WRAPPER, None) is endpoint
-
-
-def _original(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-    return endpoint.__wrapped__ if _is_wrapper(endpoint) else endpoint  # type: ignore[attr-defined]
 
 
 def _name_users_file(error: ValidationException, endpoint: Callable[..., Any]) -> None:

@@ -27,13 +27,14 @@ class TasksBatch(BoundTasks):
     :param moment: which moment that is
     """
 
-    __slots__ = ("_failed", "_request", "_taken", "_waiting")
+    __slots__ = ("_failed", "_taken", "_waiting", "end")
 
     def __init__(self, request: TasksScheduler, moment: Moment) -> None:
         super().__init__(
             request._home, request._inherited, endpoint=request._endpoint, moment=moment
         )
-        self._request = request
+        self.end = request.end
+        """How the request ends, until it is over; not the request itself, which leads back here."""
         self._waiting: deque[Task] = deque()
         self._taken: Task | None = None
         self._failed: bool | None = None
@@ -95,7 +96,7 @@ class TasksBatch(BoundTasks):
         return False
 
     def _place(self, task: Task) -> None:
-        task.request_end = self._request.end
+        task.request_end = self.end
         self._waiting.append(task)
         # Looked at afterwards: a release in another thread sees the task, or this one sees it.
         if self._failed is not None:
@@ -118,11 +119,11 @@ class TasksScheduler(ImmediateTasks):
     __slots__ = (
         "_after_response",
         "_after_route",
-        "_is_over",
         "_response_failed",
         "_route_failed",
         "_supervisor",
         "end",
+        "is_over",
         "owes_turn",
     )
 
@@ -140,7 +141,8 @@ class TasksScheduler(ImmediateTasks):
         self._after_response: TasksBatch | None = None
         self._route_failed: bool | None = None
         self._response_failed: bool | None = None
-        self._is_over = False
+        self.is_over = False
+        """Whether everything was released."""
         self.end: RequestEnd | None = RequestEnd()
         """How the request ends, until it is over."""
         self.owes_turn = False
@@ -197,32 +199,15 @@ class TasksScheduler(ImmediateTasks):
 
         :param failed: whether the request went wrong anywhere
         """
-        if self._is_over:
-            return
-        self.route_over(failed=failed)
+        if self._route_failed is None or self._after_route is not None:
+            self.route_over(failed=failed)
         if self._response_failed is None:
             self._response_failed = failed
         batch = self._after_response
         if batch is not None and batch.release(failed=self._response_failed):
             self.owes_turn = True
         # Last: whoever interrupts it leaves the rest to the next one who calls.
-        self._is_over = True
-
-    def note_status(self, status: int) -> None:
-        """Let the tasks of the request know how the app answers.
-
-        :param status: the response's
-        """
-        if self.end is not None:
-            self.end.status = status
-
-    def note_error(self, error: BaseException) -> None:
-        """Let the tasks of the request know what went wrong.
-
-        :param error: what was raised
-        """
-        if self.end is not None:
-            self.end.error = error
+        self.is_over = True
 
     def forget_end(self) -> None:
         """Leave it to the tasks alone to know how the request has ended, since it has.
@@ -230,6 +215,8 @@ class TasksScheduler(ImmediateTasks):
         The error leads to the frames of the request, and those lead here.
         """
         self.end = None
+        for batch in self._batches():
+            batch.end = None
 
     def has_waiting(self) -> bool:
         """Return whether tasks wait for a moment of the request."""

@@ -152,7 +152,8 @@ class TasksMiddleware:
             return message
 
         async def sending(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            step = message["type"]
+            if step == "http.response.start":
                 connection.response_begun(message["status"])
             try:
                 await send(message)
@@ -163,7 +164,7 @@ class TasksMiddleware:
                 else:
                     connection.client_gone = True
                 raise
-            if message["type"] == "http.response.body" and not message.get("more_body", False):
+            if step == "http.response.body" and not message.get("more_body", False):
                 connection.sent = True
 
         stand_in = connection.supervisor.stand_in

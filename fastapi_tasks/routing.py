@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.requests import HTTPConnection
 from starlette.routing import BaseRoute
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope
 
 from .callables import is_coroutine_endpoint, is_generator_endpoint, qualified_name
 from .connection import CONNECTION, Connection, current_connection, leave_outer_connection
@@ -81,10 +81,12 @@ class TasksRoute(APIRoute):
         endpoint = self.endpoint
         takes_tasks = hasattr(endpoint, _TAKES_TASKS)
         is_wrapped = _is_wrapper(endpoint)
+        users_endpoint = cast(Any, endpoint).__wrapped__ if is_wrapped else endpoint
         is_fresh = self._makes_responses()
 
         async def handle(request: Request) -> Response:
             scope = request.scope
+            scope["endpoint"] = users_endpoint
             if current_connection() is not None:
                 leave_outer_connection(scope)
             connection: Connection | None = scope.get(CONNECTION)
@@ -131,15 +133,6 @@ class TasksRoute(APIRoute):
         handler = cast(Any, super().get_route_handler)
         is_fastapis = handler.__func__ is APIRoute.get_route_handler
         return is_fastapis and (_is_wrapper(self.endpoint) or is_generator_endpoint(self.endpoint))
-
-    # Not async itself: every request would pay for one more coroutine. Which kind of coroutine
-    # it returns, mypy and pyright do not agree about.
-    def handle(self, scope: Scope, receive: Receive, send: Send) -> Any:
-        """Handle a request that matched, with the user's own endpoint in the scope."""
-        endpoint = self.endpoint
-        if getattr(endpoint, _WRAPPER, None) is endpoint:
-            scope["endpoint"] = endpoint.__wrapped__
-        return super().handle(scope, receive, send)
 
 
 class _AfterResponse(BackgroundTasks):

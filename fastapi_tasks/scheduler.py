@@ -215,8 +215,10 @@ class TasksScheduler(ImmediateTasks):
         The error leads to the frames of the request, and those lead here.
         """
         self.end = None
-        for batch in self._batches():
-            batch.end = None
+        if self._after_route is not None:
+            self._after_route.end = None
+        if self._after_response is not None:
+            self._after_response.end = None
 
     def has_waiting(self) -> bool:
         """Return whether tasks wait for a moment of the request."""

@@ -109,7 +109,8 @@ class Connection:
         token = _current.set(self)
         if self._token is None:
             self._token = token
-            request_stack.push(self._exit_request_stack)
+            as_exit: Any = self  # for a function, which has no __exit__, the stack has to try
+            request_stack.push(as_exit)
         else:  # the same route is attempted again, perhaps in another context
             request_stack.callback(_restore, _current.reset, token)
         if self.endpoint is None:
@@ -211,7 +212,7 @@ class Connection:
         is_failure = exc is not None and self._is_failure(exc) and not is_late
         self.endpoint_over(exc if is_failure else None)
 
-    def _exit_request_stack(
+    def __exit__(
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,

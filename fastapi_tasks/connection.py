@@ -49,7 +49,9 @@ class Connection:
 
     __slots__ = (
         "_failed",
-        "_is_closed",
+        "_is_done",
+        "_is_left",
+        "_may_wait",
         "_request_stack",
         "_token",
         "client_gone",
@@ -80,7 +82,10 @@ class Connection:
         self._failed = False
         self._request_stack: ExitStack | None = None
         self._token: Token[Connection | None] | None = None
-        self._is_closed = False
+        # Whether the route is left, or on one that is not ours, its exit stack.
+        self._is_left = False
+        self._may_wait = False
+        self._is_done = False
 
     def take_scheduler(self, scope: Scope) -> TasksScheduler:
         """Return the scheduler, and see to it that it hears of the end of the route.
@@ -98,22 +103,21 @@ class Connection:
         supervisor.require_running()
         if self.scheduler is None and supervisor.settings.max_tasks is not None:
             supervisor.require_room()  # once: a request that was let in stays so
-        self.returned = self._failed = self._is_closed = False
+        self.returned = self._failed = self._is_left = self._is_done = self._may_wait = False
         self._request_stack = request_stack
         endpoint = scope.get("endpoint")
         scheduler = self.scheduler = TasksScheduler(supervisor, self.config, endpoint)
+        scheduler.on_batch = self._batch_made
         if find_current_task() is not None:
             # The request was made from within a task, and is not a part of it.
             request_stack.callback(_restore, leave, enter(None))
-        supervisor.open(self)
         token = _current.set(self)
         if self._token is None:
             self._token = token
-            as_exit: Any = self  # for a function, which has no __exit__, the stack has to try
-            request_stack.push(as_exit)
         else:  # the same route is attempted again, perhaps in another context
             request_stack.callback(_restore, _current.reset, token)
         if self.endpoint is None:
+            self._watch_exit()
             function_stack.push(self._exit_function_stack)
         if self.client_gone:
             scheduler.response_over(failed=False)  # a WebSocket's peer, before anybody asked
@@ -130,6 +134,22 @@ class Connection:
             self._fail(error)
         if self.scheduler is not None:
             self.scheduler.route_over(failed=error is not None)
+
+    def response_made(self) -> None:
+        """Take note that the route is left with a response, which is yet to be sent."""
+        self._is_left = True
+        # Here, so that it is the first to hear of the end, before dependencies are closed.
+        if self.scheduler is not None and self.scheduler.has_after_response:
+            self._watch_exit()
+
+    def route_failed(self, error: BaseException) -> None:
+        """Release what waits for the endpoint, since the route has raised.
+
+        :param error: what it has raised
+        """
+        self.endpoint_over(error)
+        if self.scheduler is not None:
+            self._watch_exit()
 
     def response_begun(self, status: int) -> None:
         """Let tasks know how the app answers.
@@ -170,8 +190,11 @@ class Connection:
             return
         if not scheduler.is_over:
             scheduler.response_over(failed=self._failed or not self.returned)
-        scheduler.forget_end()
-        self.supervisor.close(self)
+        scheduler.let_go()
+        self._is_done = True
+        if self._may_wait:
+            self.supervisor.close(self)
+        self._leave_context()
 
     def has_waiting(self) -> bool:
         """Return whether tasks wait for one of the connection's moments."""
@@ -193,6 +216,26 @@ class Connection:
         """Give up the tasks that wait for one of the connection's moments."""
         assert self.scheduler is not None
         self.scheduler.drop_waiting(reason)
+
+    def _batch_made(self) -> None:
+        """Let the supervisor know that tasks may come to wait, from any thread."""
+        self._may_wait = True
+        self.supervisor.open(self)
+        # Looked at afterwards: if all is over meanwhile, one of both sees what the other did.
+        if self._is_done:
+            self.supervisor.close(self)
+        elif self._is_left:
+            self._watch_exit()
+
+    def _watch_exit(self) -> None:
+        """Have the request's exit stack tell when and how it is closed."""
+        stack: Any = self._request_stack  # its type wants an __enter__, too, which it never calls
+        stack.push(self)
+
+    def _leave_context(self) -> None:
+        if self._token is not None:
+            _restore(_current.reset, self._token)
+            self._token = None
 
     def _fail(self, error: BaseException) -> None:
         self._failed = True
@@ -219,10 +262,8 @@ class Connection:
         traceback: TracebackType | None,
     ) -> None:
         """Be the safety net under every way in which a response can end."""
-        assert self._token is not None
-        _restore(_current.reset, self._token)
-        self._token = None
-        self._is_closed = True
+        self._leave_context()
+        self._is_left = True
         if exc is not None and self._is_failure(exc):
             self._fail(exc)
         if self.scheduler is not None and not self.scheduler.is_over:
@@ -235,7 +276,7 @@ class Connection:
         which then has another exit stack. An exception handler that asks for the tasks finds the
         same one, closed.
         """
-        if self._is_closed:
+        if self._is_left:
             return request_stack is not self._request_stack
         return self._failed
 

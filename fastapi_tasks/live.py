@@ -69,7 +69,7 @@ class LiveTasks:
         self._abandoned: dict[Handle, Task] = {}
         self._requests = requests = set[OpenRequest]()
         self.open = requests.add
-        """Takes note of a request whose tasks may come to wait."""
+        """Takes note of a request whose tasks may come to wait, from any thread."""
         self._empty: anyio.Event | None = None
         self.listeners = listeners
         """Are called with each task that is over: those who keep count."""
@@ -225,7 +225,7 @@ class LiveTasks:
             self._wake_if_empty(self._empty)
 
     def _is_empty(self) -> bool:
-        return not self._tasks and not any(request.has_waiting() for request in self._requests)
+        return not self._tasks and not self.waiting_requests()
 
     def _wake_if_empty(self, waiting: anyio.Event) -> None:
         if self._is_empty():

@@ -110,10 +110,14 @@ class TasksRoute(APIRoute):
                     connection.endpoint_over()
                     if connection.takes_turn():
                         await connection.supervisor.turn()
-                return _releasing(response, connection, is_fresh=is_fresh)
+                connection.response_made()
+                then = response.background
+                if then is None:
+                    return response
+                return _releasing(response, then, connection, is_fresh=is_fresh)
             except BaseException as error:
                 if connection is not None:
-                    connection.endpoint_over(error)
+                    connection.route_failed(error)
                 if isinstance(error, ValidationException):
                     _name_users_file(error, endpoint)
                 raise
@@ -138,27 +142,29 @@ class TasksRoute(APIRoute):
 class _AfterResponse(BackgroundTasks):
     """Releases a request's tasks when its response was sent, before its background tasks run."""
 
-    def __init__(self, connection: Connection, then: BackgroundTask | None) -> None:
-        self.tasks = [] if then is None else [then]
+    def __init__(self, connection: Connection, then: BackgroundTask) -> None:
+        super().__init__([then])
         self._connection = connection
 
     async def __call__(self) -> None:
         self._connection.response_over()
-        if self.tasks:
-            if self._connection.takes_turn():
-                await self._connection.supervisor.turn()
-            await super().__call__()
+        if self._connection.takes_turn():
+            await self._connection.supervisor.turn()
+        await super().__call__()
 
 
-def _releasing(response: Response, connection: Connection, *, is_fresh: bool) -> Response:
+def _releasing(
+    response: Response, then: BackgroundTask, connection: Connection, *, is_fresh: bool
+) -> Response:
     """Return a response that releases the request's tasks when it was sent.
 
+    :param then: its background tasks
     :param is_fresh: whether it was made for this request, unless the endpoint has returned it
     """
     if response is not connection.response and not (is_fresh and connection.returned):
         response = copy.copy(response)
     connection.response = None  # tasks may keep the connection for long
-    response.background = _AfterResponse(connection, response.background)
+    response.background = _AfterResponse(connection, then)
     return response
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from threading import Lock
 
@@ -124,6 +124,7 @@ class TasksScheduler(ImmediateTasks):
         "_supervisor",
         "end",
         "is_over",
+        "on_batch",
         "owes_turn",
     )
 
@@ -143,6 +144,8 @@ class TasksScheduler(ImmediateTasks):
         self._response_failed: bool | None = None
         self.is_over = False
         """Whether everything was released."""
+        self.on_batch: Callable[[], object] | None = None
+        """Is called when there is a first task that may come to wait, from any thread."""
         self.end: RequestEnd | None = RequestEnd()
         """How the request ends, until it is over."""
         self.owes_turn = False
@@ -160,13 +163,9 @@ class TasksScheduler(ImmediateTasks):
         batch = self._after_route
         if batch is None:
             with _making_batches:  # two threads may ask at once, for one batch
-                batch = self._after_route
-                if batch is None:
-                    batch = self._after_route = TasksBatch(self, "after_route")
-            # After the assignment: its moment may come between the two, and then one of both
-            # sees what the other did.
-            if self._route_failed is not None:
-                batch.release(failed=self._route_failed)
+                batch = self._after_route or TasksBatch(self, "after_route")
+                self._after_route = batch
+            self._begin(batch, self._route_failed)
         return batch
 
     @property
@@ -176,12 +175,19 @@ class TasksScheduler(ImmediateTasks):
         batch = self._after_response
         if batch is None:
             with _making_batches:  # as above
-                batch = self._after_response
-                if batch is None:
-                    batch = self._after_response = TasksBatch(self, "after_response")
-            if self._response_failed is not None:
-                batch.release(failed=self._response_failed)
+                batch = self._after_response or TasksBatch(self, "after_response")
+                self._after_response = batch
+            self._begin(batch, self._response_failed)
         return batch
+
+    def _begin(self, batch: TasksBatch, failed: bool | None) -> None:
+        on_batch = self.on_batch
+        if on_batch is not None:
+            on_batch()
+        # Looked up after the assignment: the moment may come between the two, and then one of
+        # both sees what the other did.
+        if failed is not None:
+            batch.release(failed=failed)
 
     def route_over(self, *, failed: bool) -> None:
         """Release the tasks that wait for the endpoint.
@@ -209,16 +215,22 @@ class TasksScheduler(ImmediateTasks):
         # Last: whoever interrupts it leaves the rest to the next one who calls.
         self.is_over = True
 
-    def forget_end(self) -> None:
-        """Leave it to the tasks alone to know how the request has ended, since it has.
+    def let_go(self) -> None:
+        """Forget the request, since it is over.
 
-        The error leads to the frames of the request, and those lead here.
+        Its tasks alone are to know how it has ended: the error leads to the frames of the
+        request, and those lead here.
         """
-        self.end = None
+        self.end = self.on_batch = None
         if self._after_route is not None:
             self._after_route.end = None
         if self._after_response is not None:
             self._after_response.end = None
+
+    @property
+    def has_after_response(self) -> bool:
+        """Whether somebody has asked for :attr:`after_response`."""
+        return self._after_response is not None
 
     def has_waiting(self) -> bool:
         """Return whether tasks wait for a moment of the request."""

@@ -507,17 +507,22 @@ class Supervisor(ImmediateTasks):
             self._lose_loop()
         return left
 
-    # What happens in the loop's thread
+    # Requests whose tasks may wait, from any thread
 
     def open(self, request: OpenRequest) -> None:
-        """Take note of a request that has taken tasks, until :meth:`close`."""
-        if self._live is not None:  # it is in a test whose tasks never run
-            self._live.open(request)
+        """Take note of a request whose tasks may come to wait, until :meth:`close`."""
+        if self._live is None:  # it is in a test whose tasks never run
+            return
+        self._live.open(request)
+        if self._state in (_State.DRAINING, _State.CLOSING):
+            request.end_response()  # as the drain did with the other ones
 
     def close(self, request: OpenRequest) -> None:
         """Forget a request that is over."""
         if self._live is not None:
             self._live.close(request)
+
+    # What happens in the loop's thread
 
     def _place(self, task: Task) -> None:
         self.submit(task)

@@ -71,6 +71,7 @@ class LiveTasks:
         self.open = requests.add
         """Takes note of a request whose tasks may come to wait, from any thread."""
         self._empty: anyio.Event | None = None
+        self._on_over = self._over  # one for all tasks
         self.listeners = listeners
         """Are called with each task that is over: those who keep count."""
 
@@ -110,7 +111,7 @@ class LiveTasks:
         main = self._runner.run(task)
         try:
             handle = self._spawner.spawn(
-                main, name=task.name, context=task.context, over=self._over
+                main, name=task.name, context=task.context, over=self._on_over
             )
         except RuntimeError:
             main.close()

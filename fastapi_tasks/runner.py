@@ -83,7 +83,9 @@ class Runner:
             if not task.config.is_plain:
                 result = await self._run_controlled(task)
             elif task.is_async:
-                self._begin(task)
+                begin(task)
+                if task.is_watched:
+                    self._tell(TaskEventKind.STARTED, task)
                 result = await task.func(*task.args, **task.kwargs)
             else:
                 result = await self._attempt_in_thread(task)
@@ -254,8 +256,7 @@ class Runner:
                 await call.over.wait()
 
     def _begin(self, task: Task) -> None:
-        if not begin(task):
-            raise _GivenUp
+        begin(task)
         task.has_place = True
         if task.is_watched:
             self._tell(TaskEventKind.STARTED, task)
@@ -342,10 +343,6 @@ class Runner:
         reason: str = "",
     ) -> None:
         self._observers.tell(TaskEvent(kind, (task,), error=error, reason=reason))
-
-
-class _GivenUp(BaseException):
-    """A task was given up before it began, and is told so by nothing but this."""
 
 
 class _ThreadCall:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from threading import Lock
 
 from .bound import BoundTasks, ImmediateTasks
@@ -50,11 +49,12 @@ class TasksBatch(BoundTasks):
         """
         if self._failed is None:
             self._failed = failed
-        if not self._waiting:  # most requests have no tasks for most of their moments
-            return False
         started = False
-        for task in self._take():
-            started |= self._start_or_drop(task, failed=self._failed)
+        while self._waiting:
+            task = self._take()
+            if task is not None:
+                started |= self._start_or_drop(task, failed=self._failed)
+        self._taken = None
         return started
 
     def has_waiting(self) -> bool:
@@ -72,18 +72,19 @@ class TasksBatch(BoundTasks):
 
         :param reason: why, for the records
         """
-        for task in self._take():
-            self._home.drop(task, reason)
+        while self._waiting:
+            task = self._take()
+            if task is not None:
+                self._home.drop(task, reason)
+        self._taken = None
 
-    def _take(self) -> Iterator[Task]:
-        # Asked for, not looked up before: another thread may be faster.
+    def _take(self) -> Task | None:
+        """Return the next one, unless another thread is faster."""
         try:
-            with suppress(IndexError):
-                while True:
-                    self._taken = self._waiting[0]  # for those who look meanwhile
-                    yield self._waiting.popleft()
-        finally:
-            self._taken = None
+            self._taken = self._waiting[0]  # for those who look meanwhile
+            return self._waiting.popleft()
+        except IndexError:
+            return None
 
     def _start_or_drop(self, task: Task, *, failed: bool) -> bool:
         run_if = task.config.run_if or "success"

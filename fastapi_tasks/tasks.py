@@ -31,6 +31,7 @@ from .errors import (
 from .info import Progress, Record, TaskInfo, TaskStatus, info_of, progress_of, shown_error
 
 __all__ = [
+    "GivenUp",
     "Moment",
     "RequestEnd",
     "Stray",
@@ -482,14 +483,18 @@ leave: Callable[[Token[Task | None]], None] = _current.reset
 """Take back what :func:`enter` did."""
 
 
-def begin(task: Task) -> bool:
+class GivenUp(BaseException):
+    """A task was given up before it began, and is told so by nothing but this."""
+
+
+def begin(task: Task) -> None:
     """Note that the function begins to run. In the loop's thread only.
 
-    :return: ``False`` if the task was given up before
+    :raises GivenUp: the task was given up before
     """
     with _giving_up:
         if task._status is not _PENDING and task._status is not _RUNNING:
-            return False
+            raise GivenUp
         if task._begun_at is None:
             task._begun_at = time()
         else:
@@ -498,7 +503,6 @@ def begin(task: Task) -> bool:
         task._status = _RUNNING  # last, as in settle()
     if task._started is not None:
         task._started.set()
-    return True
 
 
 def is_over(task: Task) -> bool:

@@ -49,14 +49,15 @@ class Connection:
 
     __slots__ = (
         "_failed",
+        "_is_closed",
         "_is_done",
-        "_is_left",
         "_may_wait",
         "_request_stack",
         "_token",
         "client_gone",
         "config",
         "endpoint",
+        "is_exact",
         "response",
         "returned",
         "scheduler",
@@ -71,6 +72,8 @@ class Connection:
         """The scheduler, once ``Tasks`` was taken."""
         self.endpoint: Callable[..., Any] | None = None
         """The endpoint's wrapper, if a :class:`TasksRoute` serves the connection."""
+        self.is_exact = False
+        """Whether the wrapper tells when the endpoint has returned."""
         self.returned = False
         """Whether the endpoint has returned."""
         self.response: Response | None = None
@@ -82,8 +85,7 @@ class Connection:
         self._failed = False
         self._request_stack: ExitStack | None = None
         self._token: Token[Connection | None] | None = None
-        # Whether the route is left, or on one that is not ours, its exit stack.
-        self._is_left = False
+        self._is_closed = False
         self._may_wait = False
         self._is_done = False
 
@@ -103,7 +105,7 @@ class Connection:
         supervisor.require_running()
         if self.scheduler is None and supervisor.settings.max_tasks is not None:
             supervisor.require_room()  # once: a request that was let in stays so
-        self.returned = self._failed = self._is_left = self._is_done = self._may_wait = False
+        self.returned = self._failed = self._is_closed = self._is_done = self._may_wait = False
         self._request_stack = request_stack
         endpoint = scope.get("endpoint")
         scheduler = self.scheduler = TasksScheduler(supervisor, self.config, endpoint)
@@ -116,8 +118,8 @@ class Connection:
             self._token = token
         else:  # the same route is attempted again, perhaps in another context
             request_stack.callback(_restore, _current.reset, token)
+        self._watch_exit()
         if self.endpoint is None:
-            self._watch_exit()
             function_stack.push(self._exit_function_stack)
         if self.client_gone:
             scheduler.response_over(failed=False)  # a WebSocket's peer, before anybody asked
@@ -134,22 +136,6 @@ class Connection:
             self._fail(error)
         if self.scheduler is not None:
             self.scheduler.route_over(failed=error is not None)
-
-    def response_made(self) -> None:
-        """Take note that the route is left with a response, which is yet to be sent."""
-        self._is_left = True
-        # Here, so that it is the first to hear of the end, before dependencies are closed.
-        if self.scheduler is not None and self.scheduler.has_after_response:
-            self._watch_exit()
-
-    def route_failed(self, error: BaseException) -> None:
-        """Release what waits for the endpoint, since the route has raised.
-
-        :param error: what it has raised
-        """
-        self.endpoint_over(error)
-        if self.scheduler is not None:
-            self._watch_exit()
 
     def response_begun(self, status: int) -> None:
         """Let tasks know how the app answers.
@@ -224,7 +210,9 @@ class Connection:
         # Looked at afterwards: if all is over meanwhile, one of both sees what the other did.
         if self._is_done:
             self.supervisor.close(self)
-        elif self._is_left:
+        elif self.is_exact and self.returned:
+            # The response may know nothing of it. What is pushed last, hears of the end first,
+            # before dependencies are closed.
             self._watch_exit()
 
     def _watch_exit(self) -> None:
@@ -263,7 +251,7 @@ class Connection:
     ) -> None:
         """Be the safety net under every way in which a response can end."""
         self._leave_context()
-        self._is_left = True
+        self._is_closed = True
         if exc is not None and self._is_failure(exc):
             self._fail(exc)
         if self.scheduler is not None and not self.scheduler.is_over:
@@ -276,7 +264,7 @@ class Connection:
         which then has another exit stack. An exception handler that asks for the tasks finds the
         same one, closed.
         """
-        if self._is_left:
+        if self._is_closed:
             return request_stack is not self._request_stack
         return self._failed
 

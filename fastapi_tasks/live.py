@@ -71,7 +71,6 @@ class LiveTasks:
         self.open = requests.add
         """Takes note of a request whose tasks may come to wait, from any thread."""
         self._empty: anyio.Event | None = None
-        self._on_over = self._over  # one for all tasks
         self.listeners = listeners
         """Are called with each task that is over: those who keep count."""
 
@@ -111,7 +110,7 @@ class LiveTasks:
         main = self._runner.run(task)
         try:
             handle = self._spawner.spawn(
-                main, name=task.name, context=task.context, over=self._on_over
+                main, name=task.name, context=task.context, over=self._over
             )
         except RuntimeError:
             main.close()

@@ -93,6 +93,7 @@ class TasksRoute(APIRoute):
             outer = None
             if connection is not None:
                 outer, connection.endpoint = connection.endpoint, endpoint
+                connection.is_exact = is_wrapped
             try:
                 if takes_tasks:
                     # Here and not in the endpoint's wrapper, which may run in a thread.
@@ -110,14 +111,14 @@ class TasksRoute(APIRoute):
                     connection.endpoint_over()
                     if connection.takes_turn():
                         await connection.supervisor.turn()
-                connection.response_made()
                 then = response.background
-                if then is None:
-                    return response
-                return _releasing(response, then, connection, is_fresh=is_fresh)
+                if then is not None or connection.scheduler.has_after_response or not is_wrapped:
+                    response = _releasing(response, then, connection, is_fresh=is_fresh)
+                connection.response = None  # tasks may keep the connection for long
+                return response
             except BaseException as error:
                 if connection is not None:
-                    connection.route_failed(error)
+                    connection.endpoint_over(error)
                 if isinstance(error, ValidationException):
                     _name_users_file(error, endpoint)
                 raise
@@ -142,19 +143,20 @@ class TasksRoute(APIRoute):
 class _AfterResponse(BackgroundTasks):
     """Releases a request's tasks when its response was sent, before its background tasks run."""
 
-    def __init__(self, connection: Connection, then: BackgroundTask) -> None:
-        super().__init__([then])
+    def __init__(self, connection: Connection, then: BackgroundTask | None) -> None:
+        super().__init__(() if then is None else (then,))
         self._connection = connection
 
     async def __call__(self) -> None:
         self._connection.response_over()
-        if self._connection.takes_turn():
-            await self._connection.supervisor.turn()
-        await super().__call__()
+        if self.tasks:
+            if self._connection.takes_turn():
+                await self._connection.supervisor.turn()
+            await super().__call__()
 
 
 def _releasing(
-    response: Response, then: BackgroundTask, connection: Connection, *, is_fresh: bool
+    response: Response, then: BackgroundTask | None, connection: Connection, *, is_fresh: bool
 ) -> Response:
     """Return a response that releases the request's tasks when it was sent.
 
@@ -163,7 +165,6 @@ def _releasing(
     """
     if response is not connection.response and not (is_fresh and connection.returned):
         response = copy.copy(response)
-    connection.response = None  # tasks may keep the connection for long
     response.background = _AfterResponse(connection, then)
     return response
 

@@ -67,9 +67,8 @@ class LiveTasks:
         self._history = history
         self._tasks: dict[Handle, Task] = {}
         self._abandoned: dict[Handle, Task] = {}
-        self._requests = requests = set[OpenRequest]()
-        self.open = requests.add
-        """Takes note of a request whose tasks may come to wait, from any thread."""
+        self._requests: set[OpenRequest] = set()
+        self._waits_for_requests = True
         self._empty: anyio.Event | None = None
         self.listeners = listeners
         """Are called with each task that is over: those who keep count."""
@@ -133,6 +132,11 @@ class LiveTasks:
             else:
                 self._spawner.cancel(task.handle)
 
+    def open(self, request: OpenRequest) -> None:
+        """Take note of a request whose tasks may come to wait, from any thread."""
+        if self._waits_for_requests:
+            self._requests.add(request)
+
     def close(self, request: OpenRequest) -> None:
         """Forget a request, none of whose tasks waits any more."""
         self._requests.discard(request)
@@ -150,8 +154,8 @@ class LiveTasks:
 
     def drop_waiting(self, reason: str) -> None:
         """Give up what still waits for a moment of its request, and wait for no request more."""
-        requests = self._requests.copy()
-        self._requests.clear()
+        self._waits_for_requests = False
+        requests, self._requests = self._requests, set()
         for request in requests:
             request.drop_waiting(reason)
 

@@ -192,6 +192,7 @@ def _wrapped(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 def _wrapped_coroutine(endpoint: Callable[..., Any], parameter: str | None) -> Callable[..., Any]:
     @functools.wraps(endpoint)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        taken: Any = None
         if parameter is not None:
             given = kwargs.get(parameter)
             if type(given) is Request or isinstance(given, HTTPConnection):
@@ -201,6 +202,8 @@ def _wrapped_coroutine(endpoint: Callable[..., Any], parameter: str | None) -> C
             result = await endpoint(*args, **kwargs)
         except BaseException as error:
             _endpoint_failed(wrapper, error)
+            if taken is not None:
+                given.scope.pop(_TAKEN, None)  # another attempt takes others
             raise
         connection = current_connection()
         if connection is None or connection.endpoint is not wrapper:
@@ -218,6 +221,7 @@ def _wrapped_coroutine(endpoint: Callable[..., Any], parameter: str | None) -> C
 def _wrapped_function(endpoint: Callable[..., Any], parameter: str | None) -> Callable[..., Any]:
     @functools.wraps(endpoint)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        taken: Any = None
         if parameter is not None:
             given = kwargs.get(parameter)
             if type(given) is Request or isinstance(given, HTTPConnection):
@@ -227,6 +231,8 @@ def _wrapped_function(endpoint: Callable[..., Any], parameter: str | None) -> Ca
             result = endpoint(*args, **kwargs)
         except BaseException as error:
             _endpoint_failed(wrapper, error)
+            if taken is not None:
+                given.scope.pop(_TAKEN, None)  # another attempt takes others
             raise
         connection = current_connection()
         if connection is None or connection.endpoint is not wrapper:

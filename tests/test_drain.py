@@ -384,7 +384,8 @@ async def test_an_abandoned_task_lets_go_of_its_request_when_it_is_over() -> Non
     await supervisor.start()
     task = scheduler.schedule(ship)
     await task.started.wait()
-    scheduler.note_status(404)
+    assert scheduler.end is not None
+    scheduler.end.status = 404
     await supervisor.drain()
 
     assert (task.abandoned, task.response_status) == (True, 404)

@@ -316,10 +316,10 @@ def exit_stacks(scope: Scope) -> tuple[ExitStack, ExitStack]:
     :param scope: the scope of a request or WebSocket
     :raises UnsupportedFastAPIError: there are none
     """
-    request_stack: object = scope.get(_REQUEST_STACK)
+    request_stack, function_stack = scope.get(_REQUEST_STACK), scope.get(_FUNCTION_STACK)
     if not isinstance(request_stack, AsyncExitStack):
         raise UnsupportedFastAPIError(f'scope["{_REQUEST_STACK}"]')
-    function_stack: object = scope.get(_FUNCTION_STACK)
     if not isinstance(function_stack, AsyncExitStack):
         raise UnsupportedFastAPIError(f'scope["{_FUNCTION_STACK}"]')
-    return request_stack, function_stack
+    stacks: Any = request_stack, function_stack
+    return stacks

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import anyio
 from fastapi.exceptions import ResponseValidationError
@@ -321,5 +321,4 @@ def exit_stacks(scope: Scope) -> tuple[ExitStack, ExitStack]:
         raise UnsupportedFastAPIError(f'scope["{_REQUEST_STACK}"]')
     if not isinstance(function_stack, AsyncExitStack):
         raise UnsupportedFastAPIError(f'scope["{_FUNCTION_STACK}"]')
-    stacks: Any = request_stack, function_stack
-    return stacks
+    return cast("tuple[ExitStack, ExitStack]", (request_stack, function_stack))

@@ -1,0 +1,80 @@
+"""Counts what code costs, where that can be counted exactly: no clock is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from collections import Counter
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import fastapi_tasks
+
+_PACKAGE = str(Path(fastapi_tasks.__file__).parent)
+
+T = TypeVar("T")
+
+
+class CountingLoop(asyncio.SelectorEventLoop):
+    """An event loop that counts the callbacks that it is given."""
+
+    callbacks = 0
+
+    def call_soon(self, *args: Any, **kwargs: Any) -> asyncio.Handle:
+        """Count one more callback: each step of a task is one."""
+        self.callbacks += 1
+        return super().call_soon(*args, **kwargs)
+
+
+@dataclass
+class Cost:
+    """What was done while somebody counted."""
+
+    callbacks: int = 0
+    """How many callbacks the event loop was given."""
+    calls: Counter[str] = field(default_factory=Counter)
+    """How often each function of the package was entered; a coroutine, with each resumption."""
+    builtins: Counter[str] = field(default_factory=Counter)
+    """How often each function written in C was called."""
+
+
+@contextmanager
+def counted() -> Iterator[Cost]:
+    """Count what is done in the event loop's thread, in the running :class:`CountingLoop`."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, CountingLoop)
+    cost = Cost()
+
+    # What the interpreter calls while it profiles is not measured by it.
+    def profile(frame: FrameType, event: str, arg: Any) -> None:  # pragma: no cover - so
+        if event == "c_call":
+            cost.builtins[arg.__qualname__] += 1
+        elif event == "call" and frame.f_code.co_filename.startswith(_PACKAGE):
+            cost.calls[frame.f_code.co_qualname] += 1
+
+    before = loop.callbacks
+    sys.setprofile(profile)
+    try:
+        yield cost
+    finally:
+        sys.setprofile(None)
+        cost.callbacks = loop.callbacks - before
+
+
+def census() -> Counter[str]:
+    """Return how many objects there are of each class, that the garbage collector knows of."""
+    gc.collect()
+    return Counter(
+        f"{type(each).__module__}.{type(each).__qualname__}" for each in gc.get_objects()
+    )
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in a loop that counts."""
+    with asyncio.Runner(loop_factory=CountingLoop) as runner:
+        return runner.run(main)

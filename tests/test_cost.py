@@ -1,0 +1,214 @@
+"""What tasks and requests cost, counted: a change that makes them dearer is seen without a clock.
+
+Where a figure here has to grow, say why in the change that makes it grow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+from fastapi import BackgroundTasks, FastAPI
+from fastapi.routing import APIRoute
+
+from fastapi_tasks import Supervisor, TaskConfig, Tasks, TasksScheduler, add_tasks, get_supervisor
+
+from . import asgi
+from .counting import Cost, census, counted, run
+
+MANY = 100
+
+
+async def work(number: int = 0) -> None:
+    """Do nothing, and be awaited for it."""
+
+
+def log_error(task: object, error: Exception) -> None:
+    """Be an error handler, which no task here needs."""
+
+
+def cost_of_tasks(schedule: Callable[[TasksScheduler], object]) -> Cost:
+    """Count what a number of tasks cost, from their scheduling to their ends."""
+
+    async def main() -> Cost:
+        config = TaskConfig(on_error=log_error)
+        async with Supervisor(config=config) as supervisor:
+            tasks = TasksScheduler(supervisor)
+            schedule(tasks)  # what is done once for a function, and for the first task
+            await asyncio.sleep(0)
+            with counted() as cost:
+                for _ in range(MANY):
+                    schedule(tasks)
+                while supervisor.running:
+                    await asyncio.sleep(0)
+        return cost
+
+    return run(main())
+
+
+def test_a_task_is_two_callbacks_of_the_event_loop() -> None:
+    """As with a bare ``asyncio.Task`` that has a callback: one for its step, one for its end."""
+    cost = cost_of_tasks(lambda tasks: tasks.schedule(work))
+
+    turns = 2  # of the loop above, which waits
+    assert cost.callbacks == 2 * MANY + turns
+
+
+def test_a_task_copies_its_context_once() -> None:
+    """And sets one variable in it."""
+    cost = cost_of_tasks(lambda tasks: tasks.schedule(work))
+
+    assert cost.builtins["copy_context"] == MANY
+    assert cost.builtins["ContextVar.set"] == MANY
+
+
+@pytest.mark.parametrize(
+    ("schedule", "calls"),
+    [
+        pytest.param(lambda tasks: tasks.schedule(work), 24, id="plain"),
+        pytest.param(lambda tasks: tasks.schedule(work, 1), 25, id="with-an-argument"),
+        pytest.param(lambda tasks: tasks.task(shield=True).schedule(work), 38, id="shielded"),
+    ],
+)
+def test_a_task_enters_few_functions_of_the_package(
+    schedule: Callable[[TasksScheduler], object], calls: int
+) -> None:
+    """Each costs about a tenth of a microsecond."""
+    cost = cost_of_tasks(schedule)
+
+    waiting = {"Supervisor.running", "LiveTasks.tasks", "LiveTasks.tasks.<locals>.<genexpr>"}
+    entered = {name: count for name, count in cost.calls.items() if name not in waiting}
+    assert sum(entered.values()) / MANY <= calls, entered
+
+
+def test_a_live_task_is_made_of_few_objects() -> None:
+    """No event, lock, scope or group of tasks: what nobody asks for is not there."""
+
+    async def main() -> dict[str, float]:
+        end = asyncio.Event()
+
+        async def wait(number: int) -> None:
+            await end.wait()
+
+        async with Supervisor() as supervisor:
+            tasks = TasksScheduler(supervisor)
+            tasks.schedule(wait, 0)
+            await asyncio.sleep(0)
+            before = census()
+            for number in range(MANY):
+                tasks.schedule(wait, number)
+            await asyncio.sleep(0)
+            more = census() - before
+            end.set()
+        # Of what there are some in any case, there may be one more or less.
+        return {name: round(count / MANY, 1) for name, count in more.items() if count > MANY // 2}
+
+    objects = run(main())
+
+    assert {name: count for name, count in objects.items() if not name.startswith("builtins.")} == {
+        "_asyncio.Future": 1,  # that the function waits for
+        "_asyncio.Task": 1,
+        "_contextvars.Context": 1,
+        "fastapi_tasks.tasks.Task": 1,
+        "hamt": 1,
+    }
+    assert objects["builtins.coroutine"] == 3  # the runner's, the function's and Event.wait()
+
+
+# Requests
+
+
+def app_with(endpoint: Callable[..., Any], route_class: type[APIRoute] | None = None) -> FastAPI:
+    """Return an app with tasks and one endpoint."""
+    app = FastAPI()
+    add_tasks(app)
+    if route_class is not None:
+        app.router.route_class = route_class
+    app.get("/")(endpoint)
+    return app
+
+
+def cost_of_requests(app: FastAPI) -> Cost:
+    """Count what a number of requests cost, one after the other, tasks included."""
+
+    async def main() -> Cost:
+        async with asgi.lifespan(app):
+            await asgi.request(app, "/")
+            with counted() as cost:
+                for _ in range(MANY):
+                    await asgi.request(app, "/")
+                while get_supervisor(app).running:
+                    await asyncio.sleep(0)
+        return cost
+
+    return run(main())
+
+
+async def bare() -> int:
+    """Answer, and no more."""
+    return 1
+
+
+async def with_background(background: BackgroundTasks) -> int:
+    """Answer, and have FastAPI do something."""
+    background.add_task(work, 1)
+    return 1
+
+
+async def take(tasks: Tasks) -> int:
+    """Take tasks, and have none."""
+    return 1
+
+
+async def now(tasks: Tasks) -> int:
+    """Have a task for now."""
+    tasks.schedule(work, 1)
+    return 1
+
+
+async def after_route(tasks: Tasks) -> int:
+    """Have a task for the end of the route."""
+    tasks.after_route.schedule(work, 1)
+    return 1
+
+
+async def after_response(tasks: Tasks) -> int:
+    """Have a task for the end of the response."""
+    tasks.after_response.schedule(work, 1)
+    return 1
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "callbacks"),
+    [(bare, 0), (with_background, 0), (take, 0), (now, 3), (after_route, 3), (after_response, 2)],
+)
+def test_a_request_gives_the_loop_nothing_but_its_tasks(
+    endpoint: Callable[..., Any], callbacks: int
+) -> None:
+    """Two callbacks for each, and one for the turn in which tasks start before the response."""
+    assert round(cost_of_requests(app_with(endpoint)).callbacks / MANY) == callbacks
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "calls"),
+    [(bare, 12), (take, 28), (now, 60), (after_route, 70), (after_response, 70)],
+)
+def test_a_request_enters_few_functions_of_the_package(
+    endpoint: Callable[..., Any], calls: int
+) -> None:
+    """FastAPI itself enters about 150 for a bare request."""
+    cost = cost_of_requests(app_with(endpoint))
+
+    assert sum(cost.calls.values()) / MANY <= calls, cost.calls
+    assert "get_tasks" not in cost.calls
+
+
+def test_a_request_without_tasks_copies_no_context_and_makes_no_event() -> None:
+    """Nor does one that takes them and has none."""
+    for endpoint in (bare, take):
+        cost = cost_of_requests(app_with(endpoint))
+        assert cost.builtins["copy_context"] == 0
+        assert anyio.Event.__name__ not in cost.calls

@@ -144,12 +144,8 @@ class TasksMiddleware:
             await self._app(scope, receive, send)
             return
         connection = scope[CONNECTION] = self._connect(scope.get(CONNECTION))
-
-        async def receiving() -> Message:
-            message = await receive()
-            if message["type"] == "websocket.disconnect":
-                connection.peer_left()
-            return message
+        if kind == "websocket":
+            receive = _telling(receive, connection)
 
         async def sending(message: Message) -> None:
             step = message["type"]
@@ -171,7 +167,7 @@ class TasksMiddleware:
         if stand_in is not None:
             stand_in.begin_request()
         try:
-            await self._app(scope, receive if kind == "http" else receiving, sending)
+            await self._app(scope, receive, sending)
         finally:
             connection.close()
             if stand_in is not None:
@@ -240,6 +236,18 @@ class TasksMiddleware:
                 "of its add_tasks(), only config counts. Move the others to the outer "
                 "add_tasks(app, ...)"
             )
+
+
+def _telling(receive: Receive, connection: Connection) -> Receive:
+    """Return what receives the same messages of a WebSocket, and tells when its peer has left."""
+
+    async def receiving() -> Message:
+        message = await receive()
+        if message["type"] == "websocket.disconnect":
+            connection.peer_left()
+        return message
+
+    return receiving
 
 
 def _require_fastapi(app: object) -> None:

@@ -180,7 +180,8 @@ class Connection:
         self._is_done = True
         if self._may_wait:
             self.supervisor.close(self)
-        self._leave_context()
+        if self._token is not None:
+            self._leave_context(self._token)
 
     def has_waiting(self) -> bool:
         """Return whether tasks wait for one of the connection's moments."""
@@ -220,10 +221,9 @@ class Connection:
         stack: Any = self._request_stack  # its type wants an __enter__, too, which it never calls
         stack.push(self)
 
-    def _leave_context(self) -> None:
-        if self._token is not None:
-            _restore(_current.reset, self._token)
-            self._token = None
+    def _leave_context(self, token: Token[Connection | None]) -> None:
+        self._token = None
+        _restore(_current.reset, token)
 
     def _fail(self, error: BaseException) -> None:
         self._failed = True
@@ -250,7 +250,8 @@ class Connection:
         traceback: TracebackType | None,
     ) -> None:
         """Be the safety net under every way in which a response can end."""
-        self._leave_context()
+        if self._token is not None:  # else it has been called, or the connection is closed
+            self._leave_context(self._token)
         self._is_closed = True
         if exc is not None and self._is_failure(exc):
             self._fail(exc)

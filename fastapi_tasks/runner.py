@@ -194,10 +194,14 @@ class Runner:
     async def _attempt_in_thread(self, task: Task) -> Any:
         limiter = task.config.limiter
         try:
-            async with limiter or nullcontext():
-                async with self._threads if limiter is None else nullcontext():
+            if limiter is None:
+                async with self._threads:
                     self._begin(task)
                     result = await self._call_in_thread(task, _call_of(task))
+                return await self._awaited(task, result)
+            async with limiter:
+                self._begin(task)
+                result = await self._call_in_thread(task, _call_of(task))
                 return await self._awaited(task, result)
         finally:
             del task  # as in run()

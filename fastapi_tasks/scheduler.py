@@ -29,9 +29,8 @@ class TasksBatch(BoundTasks):
     __slots__ = ("_failed", "_taken", "_waiting", "end")
 
     def __init__(self, request: TasksScheduler, moment: Moment) -> None:
-        super().__init__(
-            request._home, request._inherited, endpoint=request._endpoint, moment=moment
-        )
+        own = request._own  # nothing: a request's tasks have the app's configuration
+        super().__init__(request._home, request._inherited, own, request._endpoint, moment)
         self.end = request.end
         """How the request ends, until it is over; not the request itself, which leads back here."""
         self._waiting: deque[Task] = deque()
@@ -206,7 +205,8 @@ class TasksScheduler(ImmediateTasks):
 
         :param failed: whether the request went wrong anywhere
         """
-        if self._route_failed is None or self._after_route is not None:
+        batch = self._after_route
+        if self._route_failed is None or (batch is not None and batch.has_waiting()):
             self.route_over(failed=failed)
         if self._response_failed is None:
             self._response_failed = failed

@@ -69,9 +69,14 @@ def counted() -> Iterator[Cost]:
 def census() -> Counter[str]:
     """Return how many objects there are of each class, that the garbage collector knows of."""
     gc.collect()
-    return Counter(
-        f"{type(each).__module__}.{type(each).__qualname__}" for each in gc.get_objects()
-    )
+    classes = map(type, gc.get_objects())
+    return Counter(f"{each.__module__}.{each.__qualname__}" for each in classes)
+
+
+async def turns(count: int) -> None:
+    """Let the event loop come round a number of times: each is one callback."""
+    for _ in range(count):
+        await asyncio.sleep(0)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

@@ -13,7 +13,7 @@ import anyio
 from .history import History
 from .observer import Observers, TaskEvent, TaskEventKind
 from .runner import BY_OTHERS, Runner
-from .spawn import Handle, Spawner
+from .spawn import Handle, Over, Spawner
 from .tasks import Task, TaskStatus, is_over, settle, settle_unbegun
 
 __all__ = ["LiveTasks", "OpenRequest", "give_up"]
@@ -101,16 +101,16 @@ class LiveTasks:
         """Return how many tasks there are, with those that only wait for the loop to say so."""
         return len(self._tasks)
 
-    def start(self, task: Task) -> None:
+    def start(self, task: Task, over: Over) -> None:
         """Start a task.
 
+        :param over: our own :meth:`over`, which is bound once for all tasks; not here, since what
+            refers to itself is left to the garbage collector
         :raises RuntimeError: the event loop is closed
         """
         main = self._runner.run(task)
         try:
-            handle = self._spawner.spawn(
-                main, name=task.name, context=task.context, over=self._over
-            )
+            handle = self._spawner.spawn(main, name=task.name, context=task.context, over=over)
         except RuntimeError:
             main.close()
             raise
@@ -174,7 +174,7 @@ class LiveTasks:
         """Forget the tasks that only wait for the loop to say that they are over."""
         for handle, task in self._tasks.copy().items():
             if _has_ended(task):
-                self._over(handle)
+                self.over(handle)
 
     def lose(self, reason: str) -> None:
         """Give up all tasks, begun or not, since the event loop is closed.
@@ -206,7 +206,8 @@ class LiveTasks:
                 await self._empty.wait()
         return True
 
-    def _over(self, handle: Handle) -> None:
+    def over(self, handle: Handle) -> None:
+        """Forget a task that is over, whether it ever ran or not."""
         task = self._tasks.get(handle)
         if task is None:
             abandoned = self._abandoned.pop(handle, None)

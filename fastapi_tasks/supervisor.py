@@ -35,7 +35,7 @@ from .info import TaskInfo
 from .live import LiveTasks, OpenRequest, give_up
 from .observer import Observers, TaskEvent, TaskEventKind, TaskObserver, logger
 from .runner import Runner
-from .spawn import Spawner, current_spawner
+from .spawn import Over, Spawner, current_spawner
 from .tasks import Moment, Task, has_key, is_over
 
 __all__ = ["StandIn", "Supervisor"]
@@ -161,6 +161,7 @@ class Supervisor(ImmediateTasks):
         self._inbox = Inbox()
         self._thread: int | None = None
         self._live: LiveTasks | None = None
+        self._over: Over | None = None
         self._drain: Drain | None = None
         self._is_refusing = False
         self._listeners: list[Callable[[Task], None]] = []
@@ -184,7 +185,8 @@ class Supervisor(ImmediateTasks):
         is_watched = self._observers.watch_routine
         task: Task = Task(
             self,
-            (self._run_id, next(self._numbers)),
+            self._run_id,
+            next(self._numbers),
             func,
             args,
             kwargs,
@@ -380,6 +382,7 @@ class Supervisor(ImmediateTasks):
         self._live = LiveTasks(
             self._spawner, self._runner, self._observers, self._history, self._listeners
         )
+        self._over = self._live.over
         self._thread = get_ident()
         self._state = _State.RUNNING
         self._inbox.open(self._spawner)  # last: until then, threads have their tasks dropped
@@ -549,8 +552,9 @@ class Supervisor(ImmediateTasks):
         state = self._state
         if state is _State.RUNNING or (state is _State.DRAINING and task.config.shielded):
             assert self._live is not None
+            assert self._over is not None
             try:
-                self._live.start(task)
+                self._live.start(task, self._over)
             except RuntimeError:
                 self._drop(task, _LOST)
         else:
@@ -602,7 +606,7 @@ class Supervisor(ImmediateTasks):
         self._stop()
         assert live is not None
         live.lose(_LOST)
-        self._live = None
+        self._live = self._over = None
 
 
 def _key_of(task_id: object) -> tuple[str, int]:

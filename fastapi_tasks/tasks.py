@@ -127,11 +127,13 @@ class Task(Generic[P, T_co]):
         "_ended_at",
         "_error",
         "_finished",
-        "_id",
+        "_kwargs",
         "_name",
+        "_number",
         "_owner",
         "_progress",
         "_result",
+        "_run_id",
         "_started",
         "_status",
         "_traceback",
@@ -148,7 +150,6 @@ class Task(Generic[P, T_co]):
         "in_threads",
         "is_async",
         "is_watched",
-        "kwargs",
         "moment",
         "request_end",
         "strays",
@@ -157,7 +158,8 @@ class Task(Generic[P, T_co]):
     def __init__(
         self,
         owner: TaskOwner,
-        id: tuple[str, int],
+        run_id: str,
+        number: int,
         func: Callable[P, Awaitable[T_co]] | Callable[P, T_co],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -172,8 +174,6 @@ class Task(Generic[P, T_co]):
         """The function that was scheduled."""
         self.args = args
         """The positional arguments that it is called with."""
-        self.kwargs = kwargs
-        """The keyword arguments that it is called with."""
         self.config = config
         """The app's, the function's and the call's configuration, merged."""
         self.context: Context | None = context
@@ -203,7 +203,10 @@ class Task(Generic[P, T_co]):
         self.request_end: RequestEnd | None = None
         """How the request ends that the task was scheduled on, until the task is over."""
         self._owner = owner
-        self._id = id
+        # Most have none, and live tasks may be many.
+        self._kwargs = kwargs or None
+        self._run_id = run_id
+        self._number = number
         self._name: str | None = None
         self._status = _PENDING
         self._attempt = 0
@@ -222,8 +225,12 @@ class Task(Generic[P, T_co]):
     @property
     def id(self) -> str:
         """What tells the task from every other one, in this process and elsewhere."""
-        run, number = self._id
-        return f"{run}-{number}"
+        return f"{self._run_id}-{self._number}"
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments that it is called with."""
+        return self._kwargs or {}
 
     @property
     def name(self) -> str:
@@ -434,14 +441,15 @@ def owner_of(task: Task) -> TaskOwner:
 
 def has_key(task: Task, key: tuple[str, int]) -> bool:
     """Return whether a task has an id, by its two parts: cheaper than to put one together."""
-    return task._id == key
+    run_id, number = key
+    return task._number == number and task._run_id == run_id
 
 
 def record_of(task: Task) -> Record:
     """Return what a task is like now, without anything that leads to it."""
     if task._status is _SUCCEEDED:  # as most are that anybody keeps
         return (
-            task._id,
+            (task._run_id, task._number),
             task._name or task.name,
             _SUCCEEDED,
             task._attempt,
@@ -463,7 +471,7 @@ def record_of(task: Task) -> Record:
         ended, error = task._ended_at, task._error
     kind, text = (None, None) if error is None else shown_error(error)
     return (
-        task._id,
+        (task._run_id, task._number),
         task.name,
         status,
         attempt,

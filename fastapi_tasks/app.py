@@ -143,7 +143,13 @@ class TasksMiddleware:
         if kind not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        connection = scope[CONNECTION] = self._connect(scope.get(CONNECTION))
+        supervisor = self._supervisor
+        outer: Connection | None = scope.get(CONNECTION)
+        if outer is None or outer.supervisor is supervisor:
+            connection = Connection(supervisor, supervisor.settings.config)
+        else:
+            connection = self._connect_mounted(outer)
+        scope[CONNECTION] = connection
         if kind == "websocket":
             receive = _telling(receive, connection)
 
@@ -214,16 +220,14 @@ class TasksMiddleware:
         finally:
             await drain()  # the server gave up the lifespan without a word
 
-    def _connect(self, outer: Connection | None) -> Connection:
-        """Return what the scope is to have for its request or WebSocket.
+    def _connect_mounted(self, outer: Connection) -> Connection:
+        """Return what a scope is to have if the app is mounted in one that has tasks too.
 
-        :param outer: what it has, if the app is mounted in one that has tasks too
+        :param outer: what the scope has from that one
         """
-        supervisor = self._supervisor
-        if outer is None or outer.supervisor is supervisor:
-            return Connection(supervisor, supervisor.settings.config)
         self._note_mounted()
-        return Connection(outer.supervisor, outer.config.merge(supervisor.settings.config))
+        config = outer.config.merge(self._supervisor.settings.config)
+        return Connection(outer.supervisor, config)
 
     def _note_mounted(self) -> None:
         if self._noted_mounted:

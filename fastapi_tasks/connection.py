@@ -255,8 +255,7 @@ class Connection:
         self._is_closed = True
         if exc is not None and self._is_failure(exc):
             self._fail(exc)
-        if self.scheduler is not None and not self.scheduler.is_over:
-            self.response_over()
+        self.response_over()
 
     def _is_attempted_again(self, request_stack: ExitStack) -> bool:
         """Return whether the request is handled once more, with moments of its own.

@@ -14,11 +14,9 @@ from .history import History
 from .observer import Observers, TaskEvent, TaskEventKind
 from .runner import BY_OTHERS, Runner
 from .spawn import Handle, Over, Spawner
-from .tasks import Task, TaskStatus, is_over, settle, settle_unbegun
+from .tasks import Task, TaskStatus, is_over, is_pending, settle, settle_unbegun
 
 __all__ = ["LiveTasks", "OpenRequest", "give_up"]
-
-_PENDING = TaskStatus.PENDING  # read for every task, as in tasks.py
 
 
 class OpenRequest(Protocol):
@@ -125,7 +123,7 @@ class LiveTasks:
         """
         for task in tasks:
             task.cancel_reason = reason
-            if task.status is TaskStatus.PENDING:
+            if is_pending(task):
                 give_up(task, TaskEventKind.CANCELLED, reason, self._observers)
             if task.in_threads:
                 task.cancel_pending = True
@@ -218,7 +216,7 @@ class LiveTasks:
         # Somebody else may have cancelled it before its first step, which on asyncio then never
         # comes.
         try:
-            if task.status is _PENDING:
+            if is_pending(task):
                 give_up(task, TaskEventKind.CANCELLED, BY_OTHERS, self._observers)
             self._history.note(task)  # first: threads that look for it look here and then there
         finally:

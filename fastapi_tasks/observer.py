@@ -97,7 +97,7 @@ class Observers:
     def __init__(self, observers: Sequence[TaskObserver]) -> None:
         self._set((keep_log, *observers))
 
-    @property
+    # No property: each task asks, and a method costs half of what one does.
     def watch_routine(self) -> bool:
         """Whether anybody wants to hear of what happens to every task that goes well."""
         return self._watched or logger.isEnabledFor(logging.DEBUG)

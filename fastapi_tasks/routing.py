@@ -114,7 +114,7 @@ class TasksRoute(APIRoute):
                     if connection.takes_turn():
                         await connection.supervisor.turn()
                 then = response.background
-                if then is not None or connection.scheduler.has_after_response or not is_wrapped:
+                if then is not None or connection.scheduler.has_after_response() or not is_wrapped:
                     response = _releasing(response, then, connection, is_fresh=is_fresh)
                 connection.response = None  # tasks may keep the connection for long
                 return response

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from threading import Lock
 
 from .bound import BoundTasks, ImmediateTasks
-from .config import TaskConfig
+from .config import INHERIT_ALL, RunIf, TaskConfig
 from .supervisor import Supervisor
 from .tasks import Moment, RequestEnd, Task
 
@@ -15,6 +15,9 @@ __all__ = ["TasksBatch", "TasksScheduler"]
 
 
 _making_batches = Lock()
+
+_STARTING_AFTER_SUCCESS: tuple[RunIf | None, ...] = (None, "success", "always")
+_STARTING_AFTER_FAILURE: tuple[RunIf | None, ...] = ("error", "always")
 
 
 class TasksBatch(BoundTasks):
@@ -29,8 +32,14 @@ class TasksBatch(BoundTasks):
     __slots__ = ("_failed", "_taken", "_waiting", "end")
 
     def __init__(self, request: TasksScheduler, moment: Moment) -> None:
-        own = request._own  # nothing: a request's tasks have the app's configuration
-        super().__init__(request._home, request._inherited, own, request._endpoint, moment)
+        # A batch is the request's tasks at another moment, and so it has what they have; to put
+        # that together again for each batch, as super().__init__() does, would cost twice as much.
+        self._home = request._home
+        self._inherited = request._inherited
+        self._own = request._own
+        self._endpoint = request._endpoint
+        self._config = request._config
+        self._moment = moment
         self.end = request.end
         """How the request ends, until it is over; not the request itself, which leads back here."""
         self._waiting: deque[Task] = deque()
@@ -48,11 +57,18 @@ class TasksBatch(BoundTasks):
         """
         if self._failed is None:
             self._failed = failed
+        failed = self._failed
+        starting = _STARTING_AFTER_FAILURE if failed else _STARTING_AFTER_SUCCESS
         started = False
         while self._waiting:
             task = self._take()
-            if task is not None:
-                started |= self._start_or_drop(task, failed=self._failed)
+            if task is None:
+                continue
+            if task.config.run_if in starting:
+                self._home.submit(task)
+                started = True
+            else:
+                self._drop_unfit(task, failed=failed)
         self._taken = None
         return started
 
@@ -85,15 +101,11 @@ class TasksBatch(BoundTasks):
         except IndexError:
             return None
 
-    def _start_or_drop(self, task: Task, *, failed: bool) -> bool:
+    def _drop_unfit(self, task: Task, *, failed: bool) -> None:
         run_if = task.config.run_if or "success"
-        if run_if == "always" or (run_if == "error") is failed:
-            self._home.submit(task)
-            return True
         outcome = "failed" if failed else "succeeded"
         reason = f'the request {outcome}, and the task has run_if="{run_if}"'
         self._home.drop(task, reason, expected=run_if == "error")
-        return False
 
     def _place(self, task: Task) -> None:
         task.request_end = self.end
@@ -135,7 +147,7 @@ class TasksScheduler(ImmediateTasks):
         endpoint: object = None,
     ) -> None:
         inherited = supervisor.settings.config if config is None else config
-        super().__init__(supervisor, inherited, endpoint=endpoint)
+        super().__init__(supervisor, inherited, INHERIT_ALL, endpoint)
         self._supervisor = supervisor
         # Made when somebody asks: most requests have tasks for one moment at most.
         self._after_route: TasksBatch | None = None
@@ -228,7 +240,6 @@ class TasksScheduler(ImmediateTasks):
         if self._after_response is not None:
             self._after_response.end = None
 
-    @property
     def has_after_response(self) -> bool:
         """Whether somebody has asked for :attr:`after_response`."""
         return self._after_response is not None

@@ -56,11 +56,18 @@ class _State(Enum):
     STOPPED = auto()
 
 
+# Asked for with every task and request, and a module's name is found faster, as in tasks.py.
+_NEW = _State.NEW
+_RUNNING = _State.RUNNING
+_DRAINING = _State.DRAINING
+_CLOSING = _State.CLOSING
+_STOPPED = _State.STOPPED
+
 _REFUSALS = {
-    _State.NEW: _NOT_RUNNING,
-    _State.DRAINING: "the app is shutting down, and the task is not shielded",
-    _State.CLOSING: "the app is shutting down, and has no time left to run it",
-    _State.STOPPED: _NOT_RUNNING,
+    _NEW: _NOT_RUNNING,
+    _DRAINING: "the app is shutting down, and the task is not shielded",
+    _CLOSING: "the app is shutting down, and has no time left to run it",
+    _STOPPED: _NOT_RUNNING,
 }
 
 
@@ -154,7 +161,7 @@ class Supervisor(ImmediateTasks):
         self._observers = Observers(self.settings.observers)
         self._history = History(history)
         self._numbers = itertools.count(1)
-        self._state = _State.NEW
+        self._state = _NEW
         self._run_id = _new_run_id()
         self._spawner: Spawner | None = None
         self._runner: Runner | None = None
@@ -182,7 +189,7 @@ class Supervisor(ImmediateTasks):
     ) -> Task:
         """Make a task of a call, with the context variables of this moment."""
         # Asked once for each task: who begins to watch meanwhile, hears of the next ones.
-        is_watched = self._observers.watch_routine
+        is_watched = self._observers.watch_routine()
         task: Task = Task(
             self,
             self._run_id,
@@ -302,7 +309,7 @@ class Supervisor(ImmediateTasks):
     @property
     def is_running(self) -> bool:
         """Whether the supervisor takes every task: it was started, and no drain has begun."""
-        return self._state is _State.RUNNING
+        return self._state is _RUNNING
 
     def require_running(self) -> None:
         """Do nothing while the supervisor takes tasks.
@@ -311,9 +318,9 @@ class Supervisor(ImmediateTasks):
         """
         if self.stand_in is not None:
             self.stand_in.require_running()
-        elif self._state is _State.NEW:
+        elif self._state is _NEW:
             raise FastAPITasksUninitializedAppError(UninitializedReason.NOT_STARTED)
-        elif self._state is _State.STOPPED:
+        elif self._state is _STOPPED:
             raise FastAPITasksUninitializedAppError(UninitializedReason.STOPPED)
 
     def require_room(self) -> None:
@@ -372,7 +379,7 @@ class Supervisor(ImmediateTasks):
 
         :raises SupervisorStateError: the supervisor is running already
         """
-        if self._state not in (_State.NEW, _State.STOPPED):
+        if self._state not in (_NEW, _STOPPED):
             if self.has_loop:
                 raise SupervisorStateError("start() was called while the supervisor is running")
             self._lose_loop()
@@ -384,7 +391,7 @@ class Supervisor(ImmediateTasks):
         )
         self._over = self._live.over
         self._thread = get_ident()
-        self._state = _State.RUNNING
+        self._state = _RUNNING
         self._inbox.open(self._spawner)  # last: until then, threads have their tasks dropped
         return self._run_id
 
@@ -400,14 +407,14 @@ class Supervisor(ImmediateTasks):
         :raises SupervisorStateError: the supervisor is not running
         """
         live = self._live
-        if self._state is not _State.RUNNING or live is None:
+        if self._state is not _RUNNING or live is None:
             raise SupervisorStateError("drain() was called while the supervisor is not running")
         # What was scheduled before is not to be dropped, and what waits for a response that the
         # server is done with has come to its moment: it closes connections before it shuts down.
         # https://asgi.readthedocs.io/en/latest/specs/lifespan.html#shutdown-receive-event
         self._inbox.take()
         live.end_responses()
-        self._state = _State.DRAINING
+        self._state = _DRAINING
         plan = DrainPlan.of(self.settings.grace, self.settings.shutdown_timeout)
         drain = self._drain = Drain(live, self._observers, plan, self._close)
         try:
@@ -514,10 +521,12 @@ class Supervisor(ImmediateTasks):
 
     def open(self, request: OpenRequest) -> None:
         """Take note of a request whose tasks may come to wait, until :meth:`close`."""
-        if self._live is None:  # it is in a test whose tasks never run
+        live = self._live
+        if live is None:  # it is in a test whose tasks never run
             return
-        self._live.open(request)
-        if self._state in (_State.DRAINING, _State.CLOSING):
+        live.open(request)
+        state = self._state
+        if state is _DRAINING or state is _CLOSING:
             request.end_response()  # as the drain did with the other ones
 
     def close(self, request: OpenRequest) -> None:
@@ -550,7 +559,7 @@ class Supervisor(ImmediateTasks):
         if is_over(task):
             return  # cancelled before its moment came
         state = self._state
-        if state is _State.RUNNING or (state is _State.DRAINING and task.config.shielded):
+        if state is _RUNNING or (state is _DRAINING and task.config.shielded):
             assert self._live is not None
             assert self._over is not None
             try:
@@ -592,10 +601,10 @@ class Supervisor(ImmediateTasks):
             self._is_handed_over(self._cancel_one, task)
 
     def _close(self) -> None:
-        self._state = _State.CLOSING
+        self._state = _CLOSING
 
     def _stop(self) -> None:
-        self._state = _State.STOPPED
+        self._state = _STOPPED
         self._thread = None
         self._inbox.close()
         self._drain = None

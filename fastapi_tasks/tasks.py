@@ -45,6 +45,7 @@ __all__ = [
     "find_current_task",
     "has_key",
     "is_over",
+    "is_pending",
     "leave",
     "owner_of",
     "record_of",
@@ -104,13 +105,10 @@ class TaskOwner(Protocol):
 class RequestEnd:
     """How a request ends, as far as that is known: what all tasks of the request share."""
 
-    __slots__ = ("error", "status")
-
-    def __init__(self) -> None:
-        self.status: int | None = None
-        """The status of the response, once the app has begun to send it."""
-        self.error: BaseException | None = None
-        """What went wrong, once it has."""
+    status: int | None = None
+    """The status of the response, once the app has begun to send it."""
+    error: BaseException | None = None
+    """What went wrong, once it has."""
 
 
 class Task(Generic[P, T_co]):
@@ -516,6 +514,11 @@ def begin(task: Task) -> None:
 def is_over(task: Task) -> bool:
     """Return whether a task has succeeded, failed or was cancelled."""
     return task._status is not _PENDING and task._status is not _RUNNING
+
+
+def is_pending(task: Task) -> bool:
+    """Return whether a task has not begun, nor was given up."""
+    return task._status is _PENDING
 
 
 def settle(

@@ -555,7 +555,9 @@ def policy_of(func: Callable[..., object]) -> TaskConfig | None:
     :param func: a function, or a method, instance or ``functools.partial`` that calls one
     """
     policy = getattr(func, _POLICY, None)
-    if policy is None and not isinstance(func, FunctionType):
+    if policy is None:
+        if isinstance(func, FunctionType):
+            return None
         policies = (getattr(part, _POLICY, None) for part in parts(func))
         policy = next((found for found in policies if found is not None), None)
     return policy if isinstance(policy, TaskConfig) else None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 import anyio
 from fastapi.exceptions import ResponseValidationError
@@ -316,9 +316,10 @@ def exit_stacks(scope: Scope) -> tuple[ExitStack, ExitStack]:
     :param scope: the scope of a request or WebSocket
     :raises UnsupportedFastAPIError: there are none
     """
-    request_stack, function_stack = scope.get(_REQUEST_STACK), scope.get(_FUNCTION_STACK)
+    request_stack: ExitStack | None = scope.get(_REQUEST_STACK)
+    function_stack: ExitStack | None = scope.get(_FUNCTION_STACK)
     if not isinstance(request_stack, AsyncExitStack):
         raise UnsupportedFastAPIError(f'scope["{_REQUEST_STACK}"]')
     if not isinstance(function_stack, AsyncExitStack):
         raise UnsupportedFastAPIError(f'scope["{_FUNCTION_STACK}"]')
-    return cast("tuple[ExitStack, ExitStack]", (request_stack, function_stack))
+    return request_stack, function_stack

@@ -49,15 +49,11 @@ async def get_tasks(connection: HTTPConnection) -> TasksScheduler:
         is not running
     """
     scope = connection.scope
-    return _scheduler_of(scope.get(CONNECTION), scope)
-
-
-def _scheduler_of(connection: Connection | None, scope: Scope) -> TasksScheduler:
-    """Do what :func:`get_tasks` says."""
-    if connection is None:
+    served: Connection | None = scope.get(CONNECTION)
+    if served is None:
         raise FastAPITasksUninitializedAppError(UninitializedReason.NO_ADD_TASKS)
-    scheduler = connection.take_scheduler(scope)
-    if connection.endpoint is None:
+    scheduler = served.take_scheduler(scope)
+    if served.endpoint is None:
         _note_plain_route(scope)
     return scheduler
 
@@ -100,9 +96,9 @@ class TasksRoute(APIRoute):
                 if takes_tasks:
                     # Here and not in the endpoint's wrapper, which may run in a thread.
                     scope[_TAKEN] = (
-                        await _ask_override(request)
-                        if _is_overridden(scope)
-                        else _scheduler_of(connection, scope)
+                        await _take_tasks(request)
+                        if connection is None or _is_overridden(scope)
+                        else connection.take_scheduler(scope)
                     )
                 response = await handler(request)
                 if connection is None or connection.scheduler is None:

@@ -147,7 +147,8 @@ class TasksScheduler(ImmediateTasks):
         endpoint: object = None,
     ) -> None:
         inherited = supervisor.settings.config if config is None else config
-        super().__init__(supervisor, inherited, INHERIT_ALL, endpoint)
+        # Each request makes one, and super() alone costs as much as this.
+        BoundTasks.__init__(self, supervisor, inherited, INHERIT_ALL, endpoint)
         self._supervisor = supervisor
         # Made when somebody asks: most requests have tasks for one moment at most.
         self._after_route: TasksBatch | None = None

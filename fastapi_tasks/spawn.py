@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from contextvars import Context
-from types import TracebackType
+from types import TracebackType, coroutine
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -88,6 +88,12 @@ class Spawner(Protocol):
         ...
 
 
+@coroutine
+def _turn() -> Generator[None, None, None]:
+    """Do what ``asyncio.sleep(0)`` does, at half the cost: requests pay for it."""
+    yield
+
+
 _abandoned: set[asyncio.Task[None]] = set()
 
 
@@ -144,7 +150,7 @@ class AsyncioSpawner:
         return self._loop.is_closed()
 
     def turn(self) -> Awaitable[None]:
-        return asyncio.sleep(0)
+        return _turn()
 
     def turn_from_thread(self) -> None:
         # The loop calls back in the order in which it was asked to: what the thread scheduled

@@ -188,8 +188,7 @@ class Supervisor(ImmediateTasks):
         is_async: bool,
     ) -> Task:
         """Make a task of a call, with the context variables of this moment."""
-        # Asked once for each task: who begins to watch meanwhile, hears of the next ones.
-        is_watched = self._observers.watch_routine()
+        # Without a keyword: a class gets them in a dictionary, which is made for each call.
         task: Task = Task(
             self,
             self._run_id,
@@ -200,10 +199,11 @@ class Supervisor(ImmediateTasks):
             config,
             copy_context(),
             moment,
-            is_async=is_async,
-            is_watched=is_watched,
+            is_async,
         )
-        if is_watched:
+        # Asked once for each task: who begins to watch meanwhile, hears of the next ones.
+        if self._observers.watch_routine():
+            task.is_watched = True
             self._observers.tell(TaskEvent(TaskEventKind.SCHEDULED, (task,)))
         return task
 

@@ -163,10 +163,8 @@ class Task(Generic[P, T_co]):
         kwargs: dict[str, Any],
         config: TaskConfig,
         context: Context,
-        moment: Moment = "now",
-        *,
+        moment: Moment,
         is_async: bool,
-        is_watched: bool = False,
     ) -> None:
         self.func = func
         """The function that was scheduled."""
@@ -180,7 +178,7 @@ class Task(Generic[P, T_co]):
         """The moment that the task was scheduled for, also if that had passed already."""
         self.is_async = is_async
         """Whether the function is awaited; if not, it runs in a thread."""
-        self.is_watched = is_watched
+        self.is_watched = False
         """Whether somebody wants to hear of it even if it goes well."""
         self.has_place = False
         """Whether an attempt has its place in the limiter just now."""

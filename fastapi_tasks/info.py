@@ -21,6 +21,7 @@ __all__ = [
     "Record",
     "TaskInfo",
     "TaskStatus",
+    "id_of",
     "info_of",
     "progress_of",
     "shown_error",
@@ -101,9 +102,9 @@ Record: TypeAlias = tuple[
 
 def info_of(record: Record) -> TaskInfo:
     """Make a :class:`TaskInfo`."""
-    (run, number), name, status, attempt, progress, created, started, finished, kind, error = record
+    key, name, status, attempt, progress, created, started, finished, kind, error = record
     return TaskInfo(
-        id=f"{run}-{number}",
+        id=id_of(key),
         name=name,
         status=status,
         attempt=attempt,
@@ -114,6 +115,12 @@ def info_of(record: Record) -> TaskInfo:
         error_type=kind,
         error=error,
     )
+
+
+def id_of(key: tuple[str, int]) -> str:
+    """Return a task's id from its two parts; that of an engine's job has one only."""
+    run, number = key
+    return f"{run}-{number}" if number else run
 
 
 def _moment(seconds: float) -> datetime:

@@ -21,6 +21,7 @@ import anyio
 from .bound import ImmediateTasks
 from .config import INHERIT_ALL, SupervisorSettings, TaskConfig, as_tuple
 from .drain import Drain, DrainPlan, DrainReport
+from .engine import Engine, StartedEngines
 from .errors import (
     FastAPITasksUninitializedAppError,
     InvalidSettingError,
@@ -126,6 +127,8 @@ class Supervisor(ImmediateTasks):
         itself, and by a request that was let in, is never refused
     :param history: how many tasks that are over :attr:`recent` has at most; 100 by default, 0:
         none
+    :param engines: what runs functions that are registered with it, instead of the supervisor.
+        They are started with it, before any task, and stopped when its tasks are over
     :raises InvalidSettingError: one of them has a value that it cannot have
     """
 
@@ -139,15 +142,17 @@ class Supervisor(ImmediateTasks):
         threads: int = 40,
         max_tasks: int | None = None,
         history: int = 100,
+        engines: Sequence[Engine] = (),
     ) -> None:
         self.settings = SupervisorSettings(
             INHERIT_ALL if config is None else config,
-            as_tuple(observers),
+            as_tuple("observers", observers),
             grace,
             shutdown_timeout,
             threads,
             max_tasks,
             history,
+            as_tuple("engines", engines),
         )
         """What the supervisor was made with."""
         super().__init__(self, self.settings.config)
@@ -165,10 +170,16 @@ class Supervisor(ImmediateTasks):
         self._drain: Drain | None = None
         self._is_refusing = False
         self._listeners: list[Callable[[Task], None]] = []
+        self._engines = StartedEngines()
         self.stand_in: StandIn | None = None
         """What decides in its place, in a test."""
 
     # Making and starting tasks
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether functions that an engine claims are enqueued with it; not in a test."""
+        return self.stand_in is None
 
     def create(
         self,
@@ -197,8 +208,17 @@ class Supervisor(ImmediateTasks):
             is_watched=is_watched,
         )
         if is_watched:
-            self._observers.tell(TaskEvent(TaskEventKind.SCHEDULED, (task,)))
+            self.announce(task)
         return task
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether anybody wants to hear of what happens to every task that goes well."""
+        return self._observers.watch_routine
+
+    def announce(self, task: Task) -> None:
+        """Tell the observers of a task that was made."""
+        self._observers.tell(TaskEvent(TaskEventKind.SCHEDULED, (task,)))
 
     def submit(self, task: Task) -> None:
         """Start a task, from any thread; what cannot run any more is dropped.
@@ -364,8 +384,15 @@ class Supervisor(ImmediateTasks):
         """Begin to take tasks, in the running event loop.
 
         :raises SupervisorStateError: the supervisor is running already
+        :raises EngineUnavailableError: what an engine stands on cannot be reached
+        :raises EngineStateError: an engine cannot be started here
         """
         self.begin()
+        try:
+            await self._engines.start(self.settings.engines, self)
+        except BaseException:
+            await self.drain()
+            raise
 
     def begin(self) -> str:
         """Do what :meth:`start` does, and return what tells this run from others.
@@ -410,11 +437,13 @@ class Supervisor(ImmediateTasks):
         self._state = _State.DRAINING
         plan = DrainPlan.of(self.settings.grace, self.settings.shutdown_timeout)
         drain = self._drain = Drain(live, self._observers, plan, self._close)
+        self._engines.pause()
         try:
             await drain.run()
         finally:
             self._stop()
             report = drain.finish()
+            await self._engines.stop()
         return report
 
     async def __aenter__(self) -> Self:
@@ -619,7 +648,8 @@ def _key_of(task_id: object) -> tuple[str, int]:
             instead="get_supervisor().find(task.id)",
         )
     run, _, number = task_id.rpartition("-")
-    return run, int(number) if _NUMBER.fullmatch(number) else 0
+    # A job's id is its engine's affair.
+    return (run, int(number)) if _NUMBER.fullmatch(number) else (task_id, 0)
 
 
 def _new_run_id() -> str:

@@ -174,32 +174,35 @@ class Proxy:
         await self._cut()
 
     async def _cut(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
         for task in self._tasks:
             task.cancel()
+        for writer in self._writers:
+            writer.transport.abort()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        await asyncio.sleep(0)  # in which aborted connections are closed
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
         task = asyncio.create_task(self._connect(reader, writer))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def end(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._drop(writer)
+
+        task.add_done_callback(end)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
-        try:
-            with suppress(OSError, asyncio.CancelledError):
-                service_reader, service_writer = await asyncio.open_connection(*self._service)
-                self._writers.add(service_writer)
-                try:
-                    async with asyncio.TaskGroup() as both:
-                        both.create_task(self._pass_on(reader, service_writer))
-                        both.create_task(self._pass_on(service_reader, writer))
-                finally:
-                    await self._drop(service_writer)
-        finally:
-            await self._drop(writer)
+        with suppress(OSError, asyncio.CancelledError):
+            service_reader, service_writer = await asyncio.open_connection(*self._service)
+            self._writers.add(service_writer)
+            try:
+                async with asyncio.TaskGroup() as both:
+                    both.create_task(self._pass_on(reader, service_writer))
+                    both.create_task(self._pass_on(service_reader, writer))
+            finally:
+                self._drop(service_writer)
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
@@ -210,11 +213,9 @@ class Proxy:
         with suppress(OSError, RuntimeError):
             writer.close()
 
-    async def _drop(self, writer: asyncio.StreamWriter) -> None:
+    def _drop(self, writer: asyncio.StreamWriter) -> None:
         self._writers.discard(writer)
         writer.transport.abort()
-        with suppress(OSError):
-            await writer.wait_closed()
 
 
 Outage = Callable[[], AbstractContextManager[None]]

@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lanes servers lint format docs interleavings mutants constraints clean
+.PHONY: help demo test lanes servers engines lint format docs interleavings mutants constraints clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,7 +20,10 @@ lane-%: .venv/dev.stamp
 	@$(BIN)/python scripts/lane $*
 
 servers: .venv/dev.stamp ## Test the servers, and write the table of what each of them keeps
-	@$(BIN)/python scripts/servers.py
+	@$(BIN)/python -m scripts.servers
+
+engines: .venv/dev.stamp ## Test the engines with 1,000 jobs, and write the table of what each of them keeps
+	@$(BIN)/python -m scripts.engines
 
 lint: .venv/dev.stamp ## Check style, types, imports and the README
 	@scripts/lint

@@ -2,13 +2,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lanes servers engines lint format docs interleavings mutants constraints clean
+.PHONY: help demo demo-durable test lanes servers engines lint format docs interleavings mutants constraints clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/demo.stamp ## Run the demo
 	@$(BIN)/python scripts/demo.py
+
+demo-durable: .venv/demo-durable.stamp ## Run the demo of jobs, which survive a kill -9
+	@$(BIN)/python -m scripts.demo_durable
 
 test: .venv/dev.stamp ## Run the tests, with 100 % coverage required
 	@scripts/test

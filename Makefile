@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: help demo demo-durable test lanes servers engines lint format docs interleavings mutants constraints clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/demo.stamp ## Run the demo
 	@$(BIN)/python scripts/demo.py

@@ -110,6 +110,9 @@ class EngineAdapter(ABC):
         """How many jobs run at once in a process that does, from the next start on."""
         self.enqueue_timeout = enqueue_timeout
         """Seconds after which an enqueueing has failed that got no answer."""
+        self.shield = False
+        """Whether a shutdown waits for the jobs of this process until its deadline, from the next
+        start on. If not, it cuts them off at once, so that they run again elsewhere."""
         self.executor: Executor | None = None
         """What runs the jobs of this process, while it does."""
         self._lifespan = lifespan
@@ -254,6 +257,11 @@ class EngineAdapter(ABC):
         """Whether jobs can be enqueued."""
         return self._stack is not None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the functions that are registered."""
+        return self._registry.names
+
     def name_of(self, func: Callable[..., Any]) -> str:
         """Return the name by which a function was registered."""
         return self._registry.of(func).name
@@ -344,12 +352,20 @@ class EngineAdapter(ABC):
         _require_asyncio(self)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._connected())
-            if self.worker:
-                if self._lifespan is not None:
-                    await stack.enter_async_context(self._lifespan())
-                self.executor = Executor(self._registry, supervisor, shield=False)
-                await stack.enter_async_context(self._working(self.executor))
-            self._stack = stack.pop_all()
+            self._stack = stack  # the first job, and the lifespan before it, may enqueue others
+            try:
+                if self.worker:
+                    await self._begin_work(stack, supervisor)
+                self._stack = stack.pop_all()
+            except BaseException:
+                self._stack = self.executor = None
+                raise
+
+    async def _begin_work(self, stack: AsyncExitStack, supervisor: Supervisor) -> None:
+        if self._lifespan is not None:
+            await stack.enter_async_context(self._lifespan())
+        self.executor = Executor(self._registry, supervisor, shield=self.shield)
+        await stack.enter_async_context(self._working(self.executor))
 
     def pause(self) -> None:
         """Take no more jobs, since the supervisor is about to be drained."""
@@ -358,10 +374,14 @@ class EngineAdapter(ABC):
 
     async def stop(self) -> None:
         """Disconnect, when no job runs in this process any more."""
+        if self.executor is not None:
+            self.executor.give_up()
         stack, self._stack = self._stack, None
-        if stack is not None:
-            await stack.aclose()
-        self.executor = None
+        try:
+            if stack is not None:
+                await stack.aclose()
+        finally:
+            self.executor = None
 
     @asynccontextmanager
     async def _within(self) -> AsyncGenerator[None, None]:

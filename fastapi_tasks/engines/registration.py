@@ -91,6 +91,11 @@ class Registry:
         task(config)(func)  # in a test, which has no engine, it runs as any other function does
         register(func, self._engine)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the functions."""
+        return tuple(self._by_name)
+
     def by_name(self, name: str) -> Registered:
         """Return a function by its name.
 

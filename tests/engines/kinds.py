@@ -68,7 +68,7 @@ class Kind:
 
         :param trace: where the functions note that they have run
         """
-        engine = self.engine_at(place, **settings)
+        engine = self.engine_at(place, **{"worker": False, **settings})
         jobs = register(engine, trace)
         async with Supervisor(engines=[engine]):
             yield engine, jobs

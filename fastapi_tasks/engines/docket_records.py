@@ -13,7 +13,7 @@ from fastapi_tasks.info import Progress, TaskInfo, TaskStatus
 from fastapi_tasks.observer import logger
 
 from .base import JobRecord
-from .docket_wire import JSONDocket, RedisError, happens_within, key_of
+from .docket_wire import OVER, JSONDocket, RedisError, happens_within, key_of
 from .messages import read_message
 
 __all__ = ["ATTEMPT", "BEGUN", "CANCELLING", "PROGRESS", "Waiters", "record_of"]
@@ -36,7 +36,9 @@ _STATUSES = {
     "failed": TaskStatus.FAILED,
     "cancelled": TaskStatus.CANCELLED,
 }
-_OVER = frozenset((TaskStatus.SUCCEEDED, TaskStatus.FAILED, TaskStatus.CANCELLED))
+_FINAL = frozenset((TaskStatus.SUCCEEDED, TaskStatus.FAILED, TaskStatus.CANCELLED))
+_ENDS = tuple(f'"{state.value}"'.encode() for state in OVER)
+"""One of which is in the news that a job, or one attempt of it, is over."""
 
 _LOOK_EVERY = 5.0
 """Seconds after which a waiter looks by itself: Redis keeps no news for those who miss it."""
@@ -64,7 +66,7 @@ def record_of(job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord | None:
         progress=None if progress is None else Progress.model_validate_json(progress),
         created=created,
         started=_moment(texts.get(BEGUN)),
-        finished=_moment(texts.get("completed_at")) if status in _OVER else None,
+        finished=_moment(texts.get("completed_at")) if status in _FINAL else None,
         error_type=kind or None,
         error=error if kind else None,
     )
@@ -111,7 +113,7 @@ class Waiters:
             while True:
                 news.clear()
                 record = await look()
-                if record is None or record.info.status in _OVER:
+                if record is None or record.info.status in _FINAL:
                     return record
                 await happens_within(news, _LOOK_EVERY)
         finally:
@@ -144,6 +146,8 @@ class Waiters:
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         if message["type"] == "pmessage":
+            if not any(end in message["data"] for end in _ENDS):
+                return
             key = message["channel"].decode().removeprefix(self._prefix)
             waiting = list(self._news.get(key, ()))
         else:  # what happened before it listened, it was not told

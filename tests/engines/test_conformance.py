@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
@@ -34,7 +35,7 @@ from fastapi_tasks.engines import EngineAdapter, Job, JobOptions
 from fastapi_tasks.engines.messages import Message
 from tests.clocks import Backend
 
-from .jobs import Colour, FlakyError, Item, Jobs, Order, Trace, eventually
+from .jobs import Colour, FlakyError, Item, Order, Trace, eventually
 from .kinds import DURABLE, KINDS, Kind, Place
 from .services import PATIENCE
 from .workers import Worker, working
@@ -433,16 +434,19 @@ async def test_restarted_service(
     kind: Kind, place: Place, trace: Trace, measured: Measured
 ) -> None:
     """When the service goes away under load and comes back, no job is lost."""
-    numbers = range(60)
     enqueueing = Enqueueing()
+    numbers = count()
+    outages_are_over = False
     async with kind.running(place, trace, worker=True, enqueue_timeout=2) as (engine, jobs):
 
-        async def enqueue_all() -> None:
-            for number in numbers:
+        async def enqueue_many() -> None:
+            while not outages_are_over:
+                number = next(numbers)
                 bound = engine.using(key=f"{number}")
                 await enqueueing.until_taken(partial(bound.enqueue, jobs.count, number))
+                await anyio.sleep(0.02)  # no more than the worker can run
 
-        sending = asyncio.create_task(enqueue_all())
+        sending = asyncio.create_task(enqueue_many())
         for times, outage in enumerate(place.outages.values(), 1):
             await trace.until("began", times=10 * times)
             before = enqueueing.failures
@@ -451,14 +455,15 @@ async def test_restarted_service(
             if place.cut is not None:
                 await trace.until("began", times=10 * times + 5)
                 place.cut()
+        outages_are_over = True
         await sending
-        labels = {str(number) for number in numbers}
+        labels = {str(number) for number in range(next(numbers))}
         await eventually(lambda: {each.label for each in trace.all("ended")} == labels)
         back = time.monotonic()
         assert await over(await engine.enqueue(jobs.add, 1)) == 3
         took = time.monotonic() - back
-    twice = len(trace.all("ended")) - len(numbers)
-    measured(f"{len(numbers)} jobs, {twice} twice; then {took:.2f} s for one")
+    twice = len(trace.all("ended")) - len(labels)
+    measured(f"{len(labels)} jobs, {twice} of them twice; the next one took {took:.2f} s")
 
 
 # What becomes of workers
@@ -507,8 +512,8 @@ async def test_kill(kind: Kind, place: Place, trace: Trace, measured: Measured) 
     async with kind.running(place, trace) as (engine, jobs):
         with working(kind, place, trace) as first, working(kind, place, trace) as second:
             workers = {first.pid: first, second.pid: second}
-            # Each of them has run something, and so is there.
-            await until_each_has_run(engine, jobs, trace, set(workers))
+            for worker in workers.values():
+                await worker.until_ready()
             job = await engine.enqueue(jobs.hold, "long")
             killed = workers[(await trace.until("began", "long")).pid]
             at = time.time()
@@ -520,18 +525,6 @@ async def test_kill(kind: Kind, place: Place, trace: Trace, measured: Measured) 
     assert again.pid != killed.pid
     assert len(trace.all("ended", "long")) == 1
     measured(f"{again.at - at:.1f} s")
-
-
-async def until_each_has_run(
-    engine: EngineAdapter, jobs: Jobs, trace: Trace, pids: set[int]
-) -> None:
-    """Enqueue jobs until each worker has begun one."""
-    deadline = time.monotonic() + PATIENCE
-    while not pids <= {each.pid for each in trace.all()}:
-        assert time.monotonic() < deadline, f"{pids}: {trace.all()}"
-        batch = [await engine.enqueue(jobs.count, 0) for _ in range(12)]
-        for job in batch:
-            await over(job)
 
 
 @promised(kinds=DURABLE)
@@ -556,6 +549,7 @@ async def test_random_kills(kind: Kind, place: Place, trace: Trace, measured: Me
                 for number, job in enumerate(enqueued):
                     assert await job.wait() == number
             for worker in workers:
+                await worker.until_ready()
                 worker.terminate()
             statuses = [await worker.status() for worker in workers]
     ended = Counter(each.label for each in trace.all("ended"))

@@ -65,6 +65,10 @@ class Worker:
         """Which process it is."""
         return self.process.pid
 
+    async def until_ready(self) -> None:
+        """Wait until it takes jobs."""
+        await asyncio.to_thread(self.log.wait_for, rf"Worker {self.pid} runs the jobs of")
+
     def kill(self) -> None:
         """End it as a power cut does."""
         self.process.kill()

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .config import SupervisorSettings, TaskConfig
 from .connection import CONNECTION, Connection, current_connection
+from .engine import Engine
 from .errors import (
     AddTasksError,
     FastAPITasksUninitializedAppError,
@@ -38,6 +39,7 @@ def add_tasks(
     threads: int = 40,
     max_tasks: int | None = None,
     history: int = 100,
+    engines: Sequence[Engine] = (),
 ) -> None:
     r"""Let an app's endpoints take ``tasks: Tasks``.
 
@@ -63,6 +65,8 @@ def add_tasks(
         with status 503, until some have ended; ``None``, the default: no request is
     :param history: how many tasks that are over the supervisor remembers in its ``recent``; 100
         by default, 0: none
+    :param engines: what runs functions that are registered with it, durably or on other
+        machines; started and stopped with the supervisor
     :raises AddTasksError: it is no FastAPI app, it is being served, or it has been given tasks
         with other arguments
     :raises InvalidSettingError: an argument has a value that it cannot have
@@ -76,6 +80,7 @@ def add_tasks(
         threads=threads,
         max_tasks=max_tasks,
         history=history,
+        engines=engines,
     )
     known = _supervisor_of(app)
     if known is not None:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 import anyio
 
 from .callables import is_async
-from .config import INHERIT_ALL, Duration, Retry, RunIf, TaskConfig, as_config, policy_of
+from .config import (
+    INHERIT_ALL,
+    Duration,
+    Retry,
+    RunIf,
+    TaskConfig,
+    as_config,
+    in_seconds,
+    policy_of,
+)
+from .engine import Engine, engine_of
 from .errors import InvalidSettingError
 from .request_bound import check_arguments
 from .tasks import Moment, Task, TaskErrorHandler, TaskOwner
@@ -22,6 +33,11 @@ T = TypeVar("T")
 
 class TaskHome(TaskOwner, Protocol):
     """Where tasks are made and run: the supervisor, as those know it that decide when."""
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether functions that an engine claims are enqueued with it; not in a test."""
+        ...
 
     def create(
         self,
@@ -96,17 +112,40 @@ class BoundTasks(ABC):
         :return: the task
         :raises InvalidTaskError: ``func`` cannot be run as a task
         :raises InvalidSettingError: ``func`` has a ``run_if``, and would start at once
+        :raises InvalidArgumentsError: an engine claims ``func``, and the arguments cannot travel
+        :raises EngineStateError: an engine claims ``func``, and is not started
         """
         awaited = is_async(func)
         policy = policy_of(func)
         if policy is None:
             config = self._config
         else:
+            engine = engine_of(func)
+            if engine is not None and self._home.hands_over:
+                return self._schedule_enqueueing(engine, func, args, kwargs)
             self._check(policy)
             config = self._inherited.merge(policy).merge(self._own)
         if args or kwargs:
             check_arguments(func, args, kwargs, self._endpoint)
         task = self._home.create(func, args, kwargs, config, self._moment, is_async=awaited)
+        self._place(task)
+        return task
+
+    def _schedule_enqueueing(
+        self,
+        engine: Engine,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Task:
+        """Schedule that a call is enqueued: of the configuration, the delay is the job's."""
+        own = self._own
+        delay = 0.0 if own.delay is None else in_seconds(own.delay)
+        enqueue = engine.prepare(func, args, kwargs, delay=delay)
+        # What was promised is not to be lost: a shutdown waits, if nobody says otherwise.
+        config = self._inherited.merge(TaskConfig(name=engine.name_of(func), shield=True))
+        config = replace(config.merge(own), delay=None)
+        task = self._home.create(enqueue, (), {}, config, self._moment, is_async=True)
         self._place(task)
         return task
 

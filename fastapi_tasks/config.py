@@ -18,6 +18,7 @@ from .callables import discard, is_async, is_generator, parts, qualified_name
 from .errors import InvalidSettingError, InvalidTaskError
 
 if TYPE_CHECKING:
+    from .engine import Engine
     from .observer import TaskObserver
     from .tasks import TaskErrorHandler
 
@@ -127,6 +128,14 @@ class Retry:
                 expected="seconds or a timedelta, more than 0, or None",
                 instead="Retry(on=ConnectionError, timeout=60)",
             )
+
+    @property
+    def kinds(self) -> tuple[type[Exception], ...] | None:
+        """The types of ``on``, ``None`` if that is a function."""
+        on: Any = self.on
+        if isinstance(on, type):
+            on = (on,)
+        return cast("tuple[type[Exception], ...]", on) if isinstance(on, tuple) else None
 
     def __repr__(self) -> str:
         changed = {
@@ -322,6 +331,7 @@ class SupervisorSettings:
     threads: int = 40
     max_tasks: int | None = None
     history: int = 100
+    engines: tuple[Engine, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if not _is_config(self.config):
@@ -339,6 +349,10 @@ class SupervisorSettings:
                     expected="functions, not coroutine functions, that take a TaskEvent",
                     instead="add_tasks(app, observers=[count_failures])",
                 )
+        for engine in self.engines:
+            if not callable(getattr(engine, "prepare", None)):
+                expected, instead = _SEQUENCES["engines"]
+                raise InvalidSettingError("engines", engine, expected=expected, instead=instead)
         if not _is_seconds(self.grace) or self.grace == math.inf:
             raise InvalidSettingError(
                 "grace",
@@ -533,20 +547,26 @@ def as_config(config: object, fields: dict[str, Any]) -> TaskConfig:
     )
 
 
-def as_tuple(observers: object) -> tuple[TaskObserver, ...]:
-    """Return what was given as ``observers`` as a tuple.
+_SEQUENCES = {
+    "observers": (
+        "a sequence of functions that take a TaskEvent",
+        "add_tasks(app, observers=[count_failures])",
+    ),
+    "engines": ("a sequence of engines", "add_tasks(app, engines=[jobs])"),
+}
 
-    :param observers: a sequence of observers
+
+def as_tuple(setting: str, value: object) -> tuple[Any, ...]:
+    """Return what was given as ``observers`` or ``engines`` as a tuple.
+
+    :param setting: which of them it is
+    :param value: a sequence
     :raises InvalidSettingError: it is none, but perhaps a single one
     """
-    if not isinstance(observers, Iterable):
-        raise InvalidSettingError(
-            "observers",
-            observers,
-            expected="a sequence of functions that take a TaskEvent",
-            instead="add_tasks(app, observers=[count_failures])",
-        )
-    return tuple(cast("Iterable[TaskObserver]", observers))
+    if not isinstance(value, Iterable):
+        expected, instead = _SEQUENCES[setting]
+        raise InvalidSettingError(setting, value, expected=expected, instead=instead)
+    return tuple(cast(Any, value))
 
 
 def policy_of(func: Callable[..., object]) -> TaskConfig | None:

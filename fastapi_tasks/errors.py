@@ -5,11 +5,18 @@
     FastAPITasksError
     ├── FastAPITasksUninitializedAppError   nothing runs tasks for this app (yet, or any more)
     ├── AddTasksError                       ``add_tasks`` was called in a way that cannot work
+    ├── EngineStateError                    an engine was used while it does not run
+    ├── EngineUnavailableError              an engine cannot be reached (a ConnectionError)
+    ├── InvalidArgumentsError               arguments cannot travel to a worker (a TypeError)
     ├── InvalidSettingError                 a setting cannot have that value (a ValueError)
     ├── InvalidTaskError                    that cannot be run as a task (a TypeError)
+    ├── JobCancelledError                   the result of a cancelled job was waited for
+    ├── JobFailedError                      the job failed, in a worker
+    ├── MalformedMessageError               a worker was sent what is no job (a ValueError)
     ├── MissingPackageError                 an extra was not installed (an ImportError)
     ├── MisusedTestToolError                a tool of ``testing`` was used in a way that cannot work
     ├── NoCurrentTaskError                  there is no current task here (a LookupError)
+    ├── NoResultError                       the engine has no result of that job (a LookupError)
     ├── StillBusyError                      tasks did not end in the time of a test (a TimeoutError)
     ├── SupervisorStateError                a supervisor was started or drained at the wrong time
     ├── TaskCancelledError                  the result of a cancelled task was asked for
@@ -17,6 +24,7 @@
     ├── TaskNotFinishedError                the result was asked for before there was one
     ├── TaskTimeoutError                    an attempt took longer than it may (a TimeoutError)
     ├── TooManyTasksError                   the app has as many tasks as it may (an HTTPException)
+    ├── UnregisteredFunctionError           the engine does not know the function (a LookupError)
     ├── UnsupportedFastAPIError             what the package stands on is not there
     └── WrongEventLoopError                 waiting takes place in another event loop
 
@@ -34,13 +42,20 @@ from fastapi import exceptions
 
 __all__ = [
     "AddTasksError",
+    "EngineStateError",
+    "EngineUnavailableError",
     "FastAPITasksError",
     "FastAPITasksUninitializedAppError",
+    "InvalidArgumentsError",
     "InvalidSettingError",
     "InvalidTaskError",
+    "JobCancelledError",
+    "JobFailedError",
+    "MalformedMessageError",
     "MissingPackageError",
     "MisusedTestToolError",
     "NoCurrentTaskError",
+    "NoResultError",
     "StillBusyError",
     "SupervisorStateError",
     "TaskCancelledError",
@@ -49,6 +64,7 @@ __all__ = [
     "TaskTimeoutError",
     "TooManyTasksError",
     "UninitializedReason",
+    "UnregisteredFunctionError",
     "UnsupportedFastAPIError",
     "WrongEventLoopError",
 ]
@@ -180,6 +196,68 @@ class InvalidTaskError(FastAPITasksError, TypeError):
         super().__init__(f"Expected {expected}; got {got}. Write instead: {instead}")
 
 
+class JobCancelledError(FastAPITasksError):
+    """The result of a job was waited for that was cancelled.
+
+    :param job_id: the job's
+    """
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"Job {job_id} was cancelled, so there is no result")
+        self.job_id = job_id
+
+
+class JobFailedError(FastAPITasksError):
+    """A job has failed, in a worker. The error itself is there, in the worker's log.
+
+    :param job_id: the job's
+    :param error_type: the name of the error's type
+    :param error: its text
+    """
+
+    def __init__(self, job_id: str, error_type: str, error: str) -> None:
+        super().__init__(f"Job {job_id} failed: {error_type}: {error}")
+        self.job_id = job_id
+        self.error_type = error_type
+        self.error = error
+
+
+class MalformedMessageError(FastAPITasksError, ValueError):
+    """A worker was sent what is no job of this package, or not of this version of it.
+
+    :param problem: what is wrong with it, and not what is in it
+    """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"That is no job: {problem}. It was kept, and was not run")
+
+
+class NoResultError(FastAPITasksError, LookupError):
+    """An engine has no result of a job: it keeps none, or not for so long.
+
+    :param job_id: the job's
+    :param reason: why there is none
+    """
+
+    def __init__(self, job_id: str, reason: str) -> None:
+        super().__init__(f"There is no result of job {job_id}: {reason}")
+        self.job_id = job_id
+
+
+class UnregisteredFunctionError(FastAPITasksError, LookupError):
+    """A function was to be enqueued, or run, that is not registered with the engine.
+
+    :param name: the function's
+    :param engine: the engine, by what it calls itself
+    """
+
+    def __init__(self, name: str, engine: str) -> None:
+        super().__init__(
+            f"{engine} does not know {name}. Register it where it is defined, in a module that "
+            f"the worker imports too: @engine.task"
+        )
+
+
 class MissingPackageError(FastAPITasksError, ImportError):
     """A module was imported that needs a package which is not installed.
 
@@ -192,6 +270,45 @@ class MissingPackageError(FastAPITasksError, ImportError):
         super().__init__(
             f"{module} needs {package}, which is not installed, or too old. Install it: "
             f"pip install 'fastapi-tasks[{extra}]'"
+        )
+
+
+class EngineStateError(FastAPITasksError, RuntimeError):
+    """An engine was used while it does not run, or was started in a way that cannot work.
+
+    :param problem: what is wrong
+    :param instead: the line to write instead
+    """
+
+    def __init__(self, problem: str, *, instead: str) -> None:
+        super().__init__(f"{problem}. Write instead: {instead}")
+
+
+class EngineUnavailableError(FastAPITasksError, ConnectionError):
+    """What an engine stands on could not be reached, or did not answer in time.
+
+    :param engine: the engine, by what it calls itself
+    :param problem: what happened
+    :param instead: what to look at, or the line to write instead
+    """
+
+    def __init__(self, engine: str, problem: str, *, instead: str) -> None:
+        super().__init__(f"{engine}: {problem}. {instead}")
+
+
+class InvalidArgumentsError(FastAPITasksError, TypeError):
+    """The arguments of a registered function, or its result, do not fit its annotations.
+
+    What they are is not told: they are private.
+
+    :param name: the function's
+    :param problem: which of them, and what is wrong with it
+    """
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(
+            f"{name} cannot be called so by a worker: {problem}. Pass what its annotations say, "
+            "and what JSON can hold: a key in place of a session, a file or a function"
         )
 
 

@@ -300,7 +300,11 @@ class Runner:
             else:
                 self._tell(TaskEventKind.CANCELLED, task, error=error, reason=BY_OTHERS)
             return
+        wait = task.next_attempt_in(error) if isinstance(error, Exception) else None
         somebody_waits = settle(task, TaskStatus.FAILED, error=error)
+        if wait is not None:
+            self._tell_wait(task, cast(Exception, error), wait)
+            return
         self._tell(TaskEventKind.FAILED, task, error=error)
         self._let_interrupt_pass(task, error)
         handler = task.config.on_error

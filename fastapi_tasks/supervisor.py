@@ -6,7 +6,6 @@ It knows every live task, starts them from any thread, and sees them to their en
 from __future__ import annotations
 
 import itertools
-import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ import anyio
 from .bound import ImmediateTasks
 from .config import INHERIT_ALL, SupervisorSettings, TaskConfig, as_tuple
 from .drain import Drain, DrainPlan, DrainReport
+from .engine import Engine, StartedEngines
 from .errors import (
     FastAPITasksUninitializedAppError,
     InvalidSettingError,
@@ -31,7 +31,7 @@ from .errors import (
 )
 from .history import History
 from .inbox import Inbox
-from .info import TaskInfo
+from .info import TaskInfo, key_of
 from .live import LiveTasks, OpenRequest, give_up
 from .observer import Observers, TaskEvent, TaskEventKind, TaskObserver, logger
 from .runner import Runner
@@ -43,9 +43,6 @@ __all__ = ["StandIn", "Supervisor"]
 _BY_USER = "its cancel() was called"
 _NOT_RUNNING = "its supervisor is not running; it does from the app's start-up to its shutdown"
 _LOST = "the event loop was closed before the app was shut down"
-
-
-_NUMBER = re.compile("[1-9][0-9]{0,18}")  # what a client sends may have a million digits
 
 
 class _State(Enum):
@@ -133,6 +130,8 @@ class Supervisor(ImmediateTasks):
         itself, and by a request that was let in, is never refused
     :param history: how many tasks that are over :attr:`recent` has at most; 100 by default, 0:
         none
+    :param engines: what runs functions that are registered with it, instead of the supervisor.
+        They are started with it, before any task, and stopped when its tasks are over
     :raises InvalidSettingError: one of them has a value that it cannot have
     """
 
@@ -146,15 +145,17 @@ class Supervisor(ImmediateTasks):
         threads: int = 40,
         max_tasks: int | None = None,
         history: int = 100,
+        engines: Sequence[Engine] = (),
     ) -> None:
         self.settings = SupervisorSettings(
             INHERIT_ALL if config is None else config,
-            as_tuple(observers),
+            as_tuple("observers", observers),
             grace,
             shutdown_timeout,
             threads,
             max_tasks,
             history,
+            as_tuple("engines", engines),
         )
         """What the supervisor was made with."""
         super().__init__(self, self.settings.config)
@@ -172,10 +173,16 @@ class Supervisor(ImmediateTasks):
         self._drain: Drain | None = None
         self._is_refusing = False
         self._listeners: list[Callable[[Task], None]] = []
+        self._engines = StartedEngines()
         self.stand_in: StandIn | None = None
         """What decides in its place, in a test."""
 
     # Making and starting tasks
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether functions that an engine claims are enqueued with it; not in a test."""
+        return self.stand_in is None
 
     def create(
         self,
@@ -203,9 +210,18 @@ class Supervisor(ImmediateTasks):
         )
         # Asked once for each task: who begins to watch meanwhile, hears of the next ones.
         if self._observers.watch_routine():
-            task.is_watched = True
-            self._observers.tell(TaskEvent(TaskEventKind.SCHEDULED, (task,)))
+            self.announce(task)
         return task
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether anybody wants to hear of what happens to every task that goes well."""
+        return self._observers.watch_routine()
+
+    def announce(self, task: Task) -> None:
+        """Tell the observers of a task that was made, and have them told of all that follows."""
+        task.is_watched = True
+        self._observers.tell(TaskEvent(TaskEventKind.SCHEDULED, (task,)))
 
     def submit(self, task: Task) -> None:
         """Start a task, from any thread; what cannot run any more is dropped.
@@ -371,8 +387,15 @@ class Supervisor(ImmediateTasks):
         """Begin to take tasks, in the running event loop.
 
         :raises SupervisorStateError: the supervisor is running already
+        :raises EngineUnavailableError: what an engine stands on cannot be reached
+        :raises EngineStateError: an engine cannot be started here
         """
         self.begin()
+        try:
+            await self._engines.start(self.settings.engines, self)
+        except BaseException:
+            await self.drain()
+            raise
 
     def begin(self) -> str:
         """Do what :meth:`start` does, and return what tells this run from others.
@@ -417,11 +440,13 @@ class Supervisor(ImmediateTasks):
         self._state = _DRAINING
         plan = DrainPlan.of(self.settings.grace, self.settings.shutdown_timeout)
         drain = self._drain = Drain(live, self._observers, plan, self._close)
+        self._engines.pause()
         try:
             await drain.run()
         finally:
             self._stop()
             report = drain.finish()
+            await self._engines.stop()
         return report
 
     async def __aenter__(self) -> Self:
@@ -547,7 +572,9 @@ class Supervisor(ImmediateTasks):
         live = self._live
         if live is not None:
             yield from live.waiting()
-        yield from (args[0] for _, args in self._inbox.calls() if isinstance(args[0], Task))
+        yield from (
+            arg for _, args in self._inbox.calls() for arg in args[:1] if isinstance(arg, Task)
+        )
         if live is not None:
             yield from live.all()
 
@@ -619,7 +646,7 @@ class Supervisor(ImmediateTasks):
 
 
 def _key_of(task_id: object) -> tuple[str, int]:
-    """Return the two parts of an id, or those of no task."""
+    """Return the two parts of an id."""
     if not isinstance(task_id, str):
         raise InvalidSettingError(
             "task_id",
@@ -627,8 +654,7 @@ def _key_of(task_id: object) -> tuple[str, int]:
             expected="the id of a task, a string",
             instead="get_supervisor().find(task.id)",
         )
-    run, _, number = task_id.rpartition("-")
-    return run, int(number) if _NUMBER.fullmatch(number) else 0
+    return key_of(task_id)
 
 
 def _new_run_id() -> str:

@@ -28,7 +28,7 @@ from .errors import (
     TaskFailedError,
     TaskNotFinishedError,
 )
-from .info import Progress, Record, TaskInfo, TaskStatus, info_of, progress_of, shown_error
+from .info import Progress, Record, TaskInfo, TaskStatus, id_of, info_of, progress_of, shown_error
 
 __all__ = [
     "GivenUp",
@@ -40,6 +40,7 @@ __all__ = [
     "TaskOwner",
     "TaskStatus",
     "begin",
+    "continue_at",
     "current_task",
     "enter",
     "find_current_task",
@@ -51,6 +52,7 @@ __all__ = [
     "record_of",
     "settle",
     "settle_unbegun",
+    "until_over",
 ]
 
 P = ParamSpec("P", default=...)
@@ -221,7 +223,7 @@ class Task(Generic[P, T_co]):
     @property
     def id(self) -> str:
         """What tells the task from every other one, in this process and elsewhere."""
-        return f"{self._run_id}-{self._number}"
+        return id_of((self._run_id, self._number))
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -308,7 +310,7 @@ class Task(Generic[P, T_co]):
                 event = self._started = anyio.Event()
                 # After the assignment: the loop may begin the task between the two, and then
                 # one of both sees what the other did.
-                if self._attempt:
+                if self._begun_at is not None:
                     event.set()
         return event
 
@@ -368,6 +370,13 @@ class Task(Generic[P, T_co]):
             return self._outcome()
         finally:
             del self  # as in result()
+
+    def next_attempt_in(self, error: Exception) -> float | None:
+        """Return in how many seconds somebody else attempts it again, since it has failed.
+
+        ``None``, as for every task that runs in this process alone: nobody does.
+        """
+        return None
 
     async def _until_over(self) -> None:
         self._owner.expect_waiter(self)
@@ -507,6 +516,21 @@ def begin(task: Task) -> None:
         task._status = _RUNNING  # last, as in settle()
     if task._started is not None:
         task._started.set()
+
+
+def continue_at(task: Task, attempt: int) -> None:
+    """Note that attempts were made elsewhere.
+
+    :param task: one that has not begun
+    :param attempt: which one the next is
+    """
+    task._attempt = attempt - 1
+
+
+async def until_over(task: Task) -> None:
+    """Wait until a task is over, whatever comes of it."""
+    if not is_over(task):
+        await task._until_over()
 
 
 def is_over(task: Task) -> bool:

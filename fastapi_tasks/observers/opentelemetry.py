@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 from fastapi_tasks.callables import parts, qualified_name
 from fastapi_tasks.errors import InvalidSettingError, MissingPackageError
 from fastapi_tasks.observer import TaskEvent, TaskEventKind
-from fastapi_tasks.tasks import Task, find_current_task
+from fastapi_tasks.tasks import Task, find_current_task, is_over
 
 try:
     from opentelemetry import context as contexts
@@ -101,7 +101,7 @@ class OpenTelemetryObserver:
             case TaskEventKind.STARTED:
                 self._begin(event.task)
             case TaskEventKind.RETRYING:
-                self._end_run(event.task, self._begun[event.task.id], "retried", event.error)
+                self._end_attempt(event.task, event.error)
             case TaskEventKind.FINISHED:
                 self._finish(event.task, "succeeded")
             case TaskEventKind.FAILED:
@@ -118,7 +118,7 @@ class OpenTelemetryObserver:
 
     def _begin(self, task: Task) -> None:
         attributes = _attributes_of(task)
-        if task.attempt == 1:
+        if task.id not in self._begun:
             self._pending.add(-1, attributes)
             self._live.add(1, attributes)
             self._started.add(1, attributes)
@@ -131,8 +131,14 @@ class OpenTelemetryObserver:
         self._begun[task.id].run = run
         run.enter()
 
+    def _end_attempt(self, task: Task, error: BaseException | None) -> None:
+        if is_over(task):  # a job, the next attempt of which may be made by another process
+            self._finish(task, "retried", error)
+        else:
+            self._end_run(task, self._begun[task.id], "retried", error)
+
     def _finish(self, task: Task, outcome: str, error: BaseException | None = None) -> None:
-        if not task.attempt:
+        if task.id not in self._begun:
             self._count_end(self._pending, task, outcome, error)
             return
         begun = self._begun.pop(task.id)

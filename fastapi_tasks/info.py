@@ -53,7 +53,7 @@ class TaskStatus(StrEnum):
 class Progress(BaseModel):
     """How far a task has come, as it says itself."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     done: _Number = Field(description="How much is done, in a unit of the task's own.")
     total: _Number | None = Field(
@@ -65,7 +65,7 @@ class Progress(BaseModel):
 class TaskInfo(BaseModel):
     """What a task is like at one moment."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     id: str = Field(description="What tells the task from every other one.")
     name: str = Field(description="What kind of task it is.")

@@ -128,7 +128,6 @@ class Task(Generic[P, T_co]):
         "_error",
         "_finished",
         "_kwargs",
-        "_name",
         "_number",
         "_owner",
         "_progress",
@@ -151,6 +150,7 @@ class Task(Generic[P, T_co]):
         "is_async",
         "is_watched",
         "moment",
+        "name",
         "request_end",
         "strays",
     )
@@ -174,6 +174,10 @@ class Task(Generic[P, T_co]):
         """The positional arguments that it is called with."""
         self.config = config
         """The app's, the function's and the call's configuration, merged."""
+        name = config.name or qualified_name(func)
+        # Asked here too, since nearly every name is.
+        self.name = name if name.isprintable() else printable(name)
+        """The configured name, else the function's qualified name; fit to be printed."""
         self.context: Context | None = context
         """The context variables at the moment of ``schedule``, until the task is over."""
         self.moment: Moment = moment
@@ -205,7 +209,6 @@ class Task(Generic[P, T_co]):
         self._kwargs = kwargs or None
         self._run_id = run_id
         self._number = number
-        self._name: str | None = None
         self._status = _PENDING
         self._attempt = 0
         self._progress: Progress | None = None
@@ -229,16 +232,6 @@ class Task(Generic[P, T_co]):
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments that it is called with."""
         return self._kwargs or {}
-
-    @property
-    def name(self) -> str:
-        """The configured name, else the function's qualified name; fit to be printed."""
-        name = self._name
-        if name is None:
-            name = self.config.name or qualified_name(self.func)
-            # Asked here too, since every task is asked for its name when it is started.
-            self._name = name = name if name.isprintable() else printable(name)
-        return name
 
     @property
     def status(self) -> TaskStatus:
@@ -455,7 +448,7 @@ def record_of(task: Task) -> Record:
     if task._status is _SUCCEEDED:  # as most are that anybody keeps
         return (
             (task._run_id, task._number),
-            task._name or task.name,
+            task.name,
             _SUCCEEDED,
             task._attempt,
             task._progress,

@@ -20,6 +20,12 @@ from fastapi_tasks.__main__ import main
 from tests.servers import PATIENCE, ROOT, Output, unmeasured
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
+HELD_UP = """
+try:
+    signal.raise_signal(signal.SIGTERM)
+except SystemExit:
+    from tests.apps.working import starting as engine
+"""
 COMMAND = (sys.executable, "-W", "error", "-m", "fastapi_tasks", "worker")
 
 
@@ -193,11 +199,7 @@ def test_a_signal_before_the_engine_is_there_ends_the_start() -> None:
     ("code", "told"),
     [
         ("signal.raise_signal(signal.SIGTERM)", ""),
-        (
-            "try: signal.raise_signal(signal.SIGTERM)\nexcept SystemExit: pass\nfrom "
-            + "tests.apps.working import starting as engine",
-            "SIGTERM: the worker had not started yet",
-        ),
+        (HELD_UP, "SIGTERM: the worker had not started yet"),
     ],
 )
 def test_so_does_one_while_modules_are_imported(tmp_path: Path, code: str, told: str) -> None:

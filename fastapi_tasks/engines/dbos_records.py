@@ -6,12 +6,12 @@ import time
 from datetime import UTC, datetime
 
 from dbos import WorkflowStatus
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from fastapi_tasks.info import Progress, TaskInfo, TaskStatus, shown_error
+from fastapi_tasks.info import TaskInfo, TaskStatus, shown_error
 
 from .base import JobRecord
-from .dbos_store import OVER
+from .dbos_store import OVER, notes_of
 
 __all__ = ["JobError", "is_over", "noted_start", "record_of"]
 
@@ -37,23 +37,6 @@ class JobError(Exception):
         """What DBOS stores beside the text."""
 
 
-class _Notes(BaseModel):
-    """What is written beside a job's state."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    name: str = ""
-    created: float | None = None
-    started: float | None = None
-    attempt: int = 0
-    """The latest one that has failed."""
-    begun: int | None = None
-    """The latest one, when the job was to be cancelled."""
-    due: float = 0.0
-    """When the next one is."""
-    progress: Progress | None = None
-
-
 class _Told(BaseModel):
     error_type: str
     error: str
@@ -66,7 +49,7 @@ def is_over(row: WorkflowStatus) -> bool:
 
 def record_of(row: WorkflowStatus) -> JobRecord:
     """Read a row, whoever has written it."""
-    notes = _notes_of(row)
+    notes = notes_of(row)
     status = _STATUSES.get(row.status, TaskStatus.FAILED)
     attempt = notes.attempt
     if status is TaskStatus.CANCELLED and notes.begun is not None:
@@ -100,13 +83,6 @@ def noted_start(row: WorkflowStatus) -> dict[str, float]:
     record = record_of(row)
     started = record.info.started
     return {} if started is None else {"started": started.timestamp()}
-
-
-def _notes_of(row: WorkflowStatus) -> _Notes:
-    try:
-        return _Notes.model_validate(row.attributes or {})
-    except ValidationError:
-        return _Notes()
 
 
 def _error_of(row: WorkflowStatus) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from dbos import (
     WorkflowHandle,
     WorkflowStatus,
 )
+from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -33,7 +34,7 @@ from fastapi_tasks.info import Progress
 from .dbos_slots import AdvisorySlots, FileSlots, Slots
 from .messages import Message
 
-__all__ = ["OVER", "WORKFLOW", "Address", "Store"]
+__all__ = ["OVER", "WORKFLOW", "Address", "Notes", "Store", "notes_of"]
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ class Address:
     def __init__(self, url: object, *, connect_timeout: float) -> None:
         try:
             parsed = sqlalchemy.make_url(cast(str, url))
-        except SQLAlchemyError:
+        except (SQLAlchemyError, ValueError):
             _refuse(url)
         kind = parsed.drivername.partition("+")[0]
         self.path: Path | None = None
@@ -95,6 +96,31 @@ def _refuse(url: object) -> NoReturn:
     )
 
 
+class Notes(BaseModel):
+    """What is written beside a job's state."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = ""
+    created: float | None = None
+    started: float | None = None
+    attempt: int = 0
+    """The latest one that has failed."""
+    begun: int | None = None
+    """The latest one, when somebody asked for the job to be cancelled."""
+    due: float = 0.0
+    """When the next one is."""
+    progress: Progress | None = None
+
+
+def notes_of(row: WorkflowStatus) -> Notes:
+    """Read what is written beside a job's state, if it is what this package writes."""
+    try:
+        return Notes.model_validate(row.attributes or {})
+    except ValidationError:
+        return Notes()
+
+
 class Store:
     """Writes jobs and reads what has become of them, without holding up the event loop.
 
@@ -108,6 +134,8 @@ class Store:
         self.label = label
         self.address = address
         self.name = name
+        self.waiting_room = f"{name}-waiting"
+        """The queue of jobs that wait to be attempted again."""
         self.version = version
         self.engine: sqlalchemy.Engine | None = None
         """Of SQLite: connected as DBOS does it, and better; DBOS makes one of PostgreSQL."""
@@ -193,21 +221,28 @@ class Store:
     async def running_on(self, executor_id: str | None = None) -> list[WorkflowStatus]:
         """Read the jobs that some process has, or one."""
         return await self.call(
-            partial(self._list, status="PENDING", queue_name=self.name, executor_id=executor_id)
+            partial(
+                self._list,
+                status="PENDING",
+                queue_name=[self.name, self.waiting_room],
+                executor_id=executor_id,
+            )
         )
 
-    async def give_back(self, job_ids: list[str]) -> None:
-        """Let other processes take jobs that this one has taken, and does not run."""
-        if job_ids:
-            await self.call(
-                partial(self.client.resume_workflows, job_ids, queue_name=self.name), abandon=False
-            )
+    async def give_back(self, job_ids: list[str], queue: str) -> None:
+        """Let any process take jobs that this one has taken, and does not run.
+
+        :param queue: the one from which they are to be taken
+        """
+        await self.call(self._give_back, job_ids, queue, abandon=False)
 
     async def purge(self, keep: float) -> int:
         """Forget jobs that have been over for long, and return how many there were.
 
         :param keep: seconds for which they are remembered
         """
+        if keep == math.inf:
+            return 0
         before = datetime.fromtimestamp(time.time() - keep, UTC).isoformat()
         purged = 0
         while found := await self.call(
@@ -228,6 +263,7 @@ class Store:
         self.client.register_queue(
             self.name, worker_concurrency=concurrency, polling_interval_sec=polling
         )
+        self.client.register_queue(self.waiting_room, polling_interval_sec=max(polling, 1.0))
 
     def _open(self) -> None:
         if self.address.path is not None:
@@ -254,6 +290,16 @@ class Store:
     def _enqueue(self, options: EnqueueOptions, text: str) -> str:
         handle: WorkflowHandle[str] = self.client.enqueue(options, text)
         return handle.get_workflow_id()
+
+    def _give_back(self, job_ids: list[str], queue: str) -> None:
+        if not job_ids:
+            return
+        self.client.resume_workflows(job_ids, queue_name=queue)
+        # It takes those too that were cancelled a moment ago.
+        rows = self._list(workflow_ids=job_ids)
+        cancelled = [row.workflow_id for row in rows if notes_of(row).begun is not None]
+        if cancelled:
+            self.client.cancel_workflows(cancelled)
 
     def _list(self, *, load_output: bool = False, **conditions: Any) -> list[WorkflowStatus]:
         return self.client.list_workflows(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import anyio.to_thread
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer
@@ -22,12 +22,15 @@ from fastapi_tasks.observer import logger
 
 from .dbos_records import JobError, noted_start
 from .dbos_slots import Slots
-from .dbos_store import WORKFLOW, Store
-from .execution import Again, Cancelled, Executor, Failed, Interrupted, Succeeded
+from .dbos_store import WORKFLOW, Store, notes_of
+from .execution import Cancelled, Executor, Failed, Interrupted, Succeeded
 
 __all__ = ["Worker"]
 
+T = TypeVar("T")
+
 _NOT_HERE = "not here"  # the job was cancelled, or is left to another process
+_LONG = 2.0  # seconds that a job waits to be attempted again, and takes no other one's place
 _STORING = 10.0  # seconds to write what has come of jobs that ended while the app was shut down
 _ENDING = 1.0  # seconds for attempts whose tasks are over to come to their own ends
 
@@ -102,7 +105,7 @@ class Worker:
         await anyio.to_thread.run_sync(_destroy)
         try:
             left = await self._store.running_on(executor_id)
-            await self._store.give_back([row.workflow_id for row in left])
+            await self._store.give_back([row.workflow_id for row in left], self._store.name)
         except EngineUnavailableError as error:
             logger.warning(
                 "Jobs that were cut off wait for the next start, or another process: %s", error
@@ -195,17 +198,30 @@ class Worker:
             if "error" in told:
                 raise JobError(told["error_type"], told["error"])
             self._in_loop(self._note_stored, job_id)
-            await DBOS.sleep_async(told["wait"])
+            await self._rest(job_id, attempt, told["due"])
             attempt += 1
 
+    async def _rest(self, job_id: str, attempt: int, due: float) -> None:
+        """Wait until the next attempt is due; for long not among the jobs that run at once."""
+        is_aside = await self._in_app(self._step_aside(job_id, attempt, due))
+        if is_aside is None:
+            raise asyncio.CancelledError
+        # What is recorded is when it ends, so that after a crash only the rest is waited for. Of no
+        # time at all nothing would be recorded, and the steps would not be the same again.
+        await DBOS.sleep_async(max(0.001, due - time.time()))
+        if is_aside and await self._in_app(self._come_back(job_id)):
+            raise asyncio.CancelledError
+
     async def _attempt(self, job_id: str, text: str, attempt: int) -> dict[str, Any]:
-        future = asyncio.run_coroutine_threadsafe(self._execute(job_id, text, attempt), self._loop)
-        told = await asyncio.wrap_future(future)
+        told = await self._in_app(self._execute(job_id, text, attempt))
         if told is None:
             await _until_the_end()
         elif _NOT_HERE in told:
             raise asyncio.CancelledError
         return told
+
+    async def _in_app(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
 
     def _in_loop(self, func: Callable[[str], None], job_id: str) -> None:
         if not self._loop.is_closed():
@@ -232,23 +248,49 @@ class Worker:
             return {"result": outcome.result}
         if isinstance(outcome, Failed):
             return {"error_type": outcome.error_type, "error": outcome.error}
-        await self._note_failure(job_id, attempt, outcome)
-        return {"wait": outcome.wait}
+        due = time.time() + outcome.wait
+        await self._note_failure(job_id, attempt, due)
+        return {"due": due}
 
     async def _interrupted(self, job_id: str) -> dict[str, Any] | None:
         if self._is_paused:
             return None
-        await self._store.give_back([job_id])
-        return {_NOT_HERE: True}
+        # It was cancelled, and not as a job: something else in this process has done it.
+        return {_NOT_HERE: True} if await self._come_back(job_id) else None
 
-    async def _note_failure(self, job_id: str, attempt: int, outcome: Again) -> None:
-        due = time.time() + outcome.wait
+    async def _note_failure(self, job_id: str, attempt: int, due: float) -> None:
         try:
             row = await self._store.row(job_id)
             started = {} if row is None else noted_start(row)
             await self._store.note(job_id, **started, attempt=attempt, due=due, progress=None)
         except EngineUnavailableError as error:
             logger.warning("That job %s waits could not be noted: %s", job_id, error)
+
+    async def _step_aside(self, job_id: str, attempt: int, due: float) -> bool | None:
+        """Have a job wait in a queue that takes any number of them at once.
+
+        :return: whether it is in there now; ``None`` if it is about to begin there
+        """
+        try:
+            row = await self._store.row(job_id)
+            if row is None or attempt < notes_of(row).attempt:
+                return False  # all of this has happened before
+            if row.queue_name == self._store.waiting_room:
+                return True
+            if due - time.time() < _LONG:
+                return False
+            await self._store.give_back([job_id], self._store.waiting_room)
+        except EngineUnavailableError:
+            return False
+        return None
+
+    async def _come_back(self, job_id: str) -> bool:
+        """Have a job begin anew in the queue of those that run; ``False`` if that failed."""
+        try:
+            await self._store.give_back([job_id], self._store.name)
+        except EngineUnavailableError:
+            return False
+        return True
 
     def _note_stored(self, job_id: str) -> None:
         self._unstored.discard(job_id)

@@ -19,9 +19,10 @@ from .execution import Executor
 from .messages import Message
 
 try:
+    from .dbos_address import Address
     from .dbos_guards import guarded
     from .dbos_records import is_over, noted_start, record_of
-    from .dbos_store import Address, Store
+    from .dbos_store import Store
     from .dbos_waiting import Waiters
     from .dbos_worker import Worker
 except ModuleNotFoundError as error:
@@ -164,7 +165,7 @@ class DBOSEngine(EngineAdapter):
 
     def _pause(self) -> None:
         assert self._worker is not None
-        self._worker.pause()
+        self._worker.runs.pause()
 
     async def _keep_house(self, store: Store, worker: Worker) -> None:
         """Forget what is old, and look after the jobs of processes that have died."""

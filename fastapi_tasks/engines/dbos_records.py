@@ -6,14 +6,16 @@ import time
 from datetime import UTC, datetime
 
 from dbos import WorkflowStatus
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fastapi_tasks.info import TaskInfo, TaskStatus, shown_error
+from fastapi_tasks.info import Progress, TaskInfo, TaskStatus, shown_error
 
 from .base import JobRecord
-from .dbos_store import OVER, notes_of
 
-__all__ = ["JobError", "is_over", "noted_start", "record_of"]
+__all__ = ["OVER", "JobError", "Notes", "is_over", "noted_start", "notes_of", "record_of"]
+
+OVER = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+"""The states in which nothing becomes of a job any more."""
 
 _STATUSES = {
     "DELAYED": TaskStatus.PENDING,
@@ -37,9 +39,34 @@ class JobError(Exception):
         """What DBOS stores beside the text."""
 
 
+class Notes(BaseModel):
+    """What is written beside a job's state."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = ""
+    created: float | None = None
+    started: float | None = None
+    attempt: int = 0
+    """The latest one that has failed."""
+    begun: int | None = None
+    """The latest one, when somebody asked for the job to be cancelled."""
+    due: float = 0.0
+    """When the next one is."""
+    progress: Progress | None = None
+
+
 class _Told(BaseModel):
     error_type: str
     error: str
+
+
+def notes_of(row: WorkflowStatus) -> Notes:
+    """Read what is written beside a job's state, if it is what this package writes."""
+    try:
+        return Notes.model_validate(row.attributes or {})
+    except ValidationError:
+        return Notes()
 
 
 def is_over(row: WorkflowStatus) -> bool:

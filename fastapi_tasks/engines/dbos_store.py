@@ -6,11 +6,9 @@ import math
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -24,101 +22,24 @@ from dbos import (
     WorkflowHandle,
     WorkflowStatus,
 )
-from pydantic import BaseModel, ConfigDict, ValidationError
-from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
-from fastapi_tasks.errors import EngineUnavailableError, InvalidSettingError
+from fastapi_tasks.errors import EngineUnavailableError
 from fastapi_tasks.info import Progress
 
-from .dbos_slots import AdvisorySlots, FileSlots, Slots
+from .dbos_address import Address, sqlite_engine, turn_on_wal
+from .dbos_records import OVER, notes_of
 from .messages import Message
 
-__all__ = ["OVER", "WORKFLOW", "Address", "Notes", "Store", "notes_of"]
+__all__ = ["WORKFLOW", "Store"]
 
 T = TypeVar("T")
 
 WORKFLOW = "fastapi_tasks.run"
 """The one workflow, by which every job is run: its arguments are the job's message."""
 
-OVER = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
-"""The states in which nothing becomes of a job any more."""
-
 _CALLS = 4
 _BATCH = 500
-_BUSY = 5000  # milliseconds
-_UNIXEPOCH = (3, 42)  # the version of SQLite that knows the argument which DBOS gives it
-
-
-class Address:
-    """Where the database is.
-
-    :param url: as the user has written it
-    :raises InvalidSettingError: it is not one that can be used
-    """
-
-    def __init__(self, url: object, *, connect_timeout: float) -> None:
-        try:
-            parsed = sqlalchemy.make_url(cast(str, url))
-        except (SQLAlchemyError, ValueError):
-            _refuse(url)
-        kind = parsed.drivername.partition("+")[0]
-        self.path: Path | None = None
-        if kind == "sqlite":
-            name = parsed.database or ""
-            if parsed.drivername != kind or parsed.query or name in ("", ":memory:"):
-                _refuse(url)
-            self.path = Path(name)
-        elif kind in ("postgresql", "postgres") and parsed.database:
-            parsed = parsed.set(drivername="postgresql")
-            if "connect_timeout" not in parsed.query:
-                # libpq takes whole seconds, and 1 for 2.
-                seconds = str(max(2, math.ceil(connect_timeout)))
-                parsed = parsed.update_query_dict({"connect_timeout": seconds})
-        else:
-            _refuse(url)
-        self.url = parsed.render_as_string(hide_password=False)
-
-    def slots(self, label: str, name: str) -> Slots:
-        """Return by what the processes of this database are told apart."""
-        if self.path is None:
-            return AdvisorySlots(label, name, self.url)
-        return FileSlots(label, name, self.path)
-
-
-def _refuse(url: object) -> NoReturn:
-    raise InvalidSettingError(
-        "url",
-        # A URL may hold a password.
-        url if not isinstance(url, str) or "@" not in url else None,
-        expected="the path of a SQLite database, or the URL of a PostgreSQL one",
-        instead='DBOSEngine("sqlite:///jobs.db") or DBOSEngine("postgresql://localhost/jobs")',
-    )
-
-
-class Notes(BaseModel):
-    """What is written beside a job's state."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    name: str = ""
-    created: float | None = None
-    started: float | None = None
-    attempt: int = 0
-    """The latest one that has failed."""
-    begun: int | None = None
-    """The latest one, when somebody asked for the job to be cancelled."""
-    due: float = 0.0
-    """When the next one is."""
-    progress: Progress | None = None
-
-
-def notes_of(row: WorkflowStatus) -> Notes:
-    """Read what is written beside a job's state, if it is what this package writes."""
-    try:
-        return Notes.model_validate(row.attributes or {})
-    except ValidationError:
-        return Notes()
 
 
 class Store:
@@ -254,8 +175,14 @@ class Store:
 
     @property
     def client(self) -> DBOSClient:
-        """DBOS's own, whose methods block."""
-        assert self._client is not None
+        """DBOS's own, whose methods block.
+
+        :raises EngineUnavailableError: the store is closed
+        """
+        if self._client is None:
+            raise EngineUnavailableError(
+                self.label, "it was stopped", instead="Ask while the app runs"
+            )
         return self._client
 
     def register_queue(self, concurrency: int, polling: float) -> None:
@@ -267,8 +194,8 @@ class Store:
 
     def _open(self) -> None:
         if self.address.path is not None:
-            _turn_on_wal(self.address.path)
-            self.engine = _engine_of(self.address.url)
+            turn_on_wal(self.address.path)
+            self.engine = sqlite_engine(self.address.url)
         DBOS.migrate(self.address.url)
         self._client = DBOSClient(
             system_database_url=self.address.url if self.engine is None else None,
@@ -309,37 +236,3 @@ class Store:
             load_output=load_output,
             **conditions,
         )
-
-
-def _turn_on_wal(path: Path) -> None:
-    """Let readers read while somebody writes. It is the file that remembers it."""
-    deadline = time.monotonic() + _BUSY / 1000
-    with closing(sqlite3.connect(path, timeout=_BUSY / 1000)) as connection:
-        while True:
-            try:
-                connection.execute("PRAGMA journal_mode=WAL")
-                return
-            except sqlite3.OperationalError:
-                # It does not wait for another process that does the same.
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
-
-
-def _now(_: object) -> float:
-    return time.time()
-
-
-def _engine_of(url: str) -> sqlalchemy.Engine:
-    engine = sqlalchemy.create_engine(url, pool_size=_CALLS, max_overflow=20)
-
-    def configure(connection: sqlite3.Connection, _: object) -> None:
-        # What DBOS does to a connection of its own.
-        connection.isolation_level = "IMMEDIATE"
-        connection.execute(f"PRAGMA busy_timeout={_BUSY}")
-        connection.execute("PRAGMA foreign_keys=ON")
-        if sqlite3.sqlite_version_info < _UNIXEPOCH:
-            connection.create_function("unixepoch", 1, _now)
-
-    event.listen(engine, "connect", configure)
-    return engine

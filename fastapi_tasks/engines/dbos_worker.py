@@ -1,18 +1,11 @@
-"""The jobs that DBOS hands out to this process, on their way to the event loop of the app.
-
-DBOS runs workflows in a thread and an event loop of its own. There is one workflow, whose steps
-are a job's attempts: what has come of a step is recorded, and is not done again after a crash.
-"""
+"""This process among those that DBOS hands out jobs to: how it joins them, and how it leaves."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import partial
 from threading import Lock
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, cast
 
 import anyio.to_thread
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer
@@ -20,19 +13,12 @@ from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer
 from fastapi_tasks.errors import EngineStateError, EngineUnavailableError
 from fastapi_tasks.observer import logger
 
-from .dbos_records import JobError, noted_start
+from .dbos_runs import Runs
 from .dbos_slots import Slots
-from .dbos_store import WORKFLOW, Store, notes_of
-from .execution import Cancelled, Executor, Failed, Interrupted, Succeeded
+from .dbos_store import WORKFLOW, Store
+from .execution import Executor
 
 __all__ = ["Worker"]
-
-T = TypeVar("T")
-
-_NOT_HERE = "not here"  # the job was cancelled, or is left to another process
-_LONG = 2.0  # seconds that a job waits to be attempted again, and takes no other one's place
-_STORING = 10.0  # seconds to write what has come of jobs that ended while the app was shut down
-_ENDING = 1.0  # seconds for attempts whose tasks are over to come to their own ends
 
 _claim = Lock()
 _workers: list[Worker] = []
@@ -63,16 +49,11 @@ class Worker:
     ) -> None:
         self._store = store
         self._slots = slots
-        self._executor = executor
         self._concurrency = concurrency
         self._polling = polling
         self._max_recoveries = max_recoveries
-        self._on_over = on_over
-        self._loop = asyncio.get_running_loop()
-        self._is_paused = False
-        self._attempts: set[asyncio.Task[Any]] = set()
-        self._unstored: set[str] = set()
-        self._is_stored = asyncio.Event()
+        self.runs = Runs(store, executor, on_over=on_over)
+        """The jobs that this process has."""
 
     async def start(self) -> None:
         """Take the place of this process among the others, and jobs.
@@ -82,25 +63,9 @@ class Worker:
         """
         await self._store.call(self._launch, abandon=False)
 
-    def pause(self) -> None:
-        """Begin no more jobs."""
-        # DBOS takes none once it has as many as run at once; those that come now are held.
-        self._is_paused = True
-
     async def stop(self) -> None:
         """Leave when what has come of all jobs is stored; give those back that were cut off."""
-        if self._attempts:
-            await asyncio.wait(self._attempts, timeout=_ENDING)
-        try:
-            async with asyncio.timeout(_STORING):
-                while self._unstored:
-                    self._is_stored.clear()
-                    await self._is_stored.wait()
-        except TimeoutError:
-            logger.error(
-                "What has come of %d jobs could not be stored: they will run again",
-                len(self._unstored),
-            )
+        await self.runs.close()
         executor_id = self._slots.executor_id
         await anyio.to_thread.run_sync(_destroy)
         try:
@@ -182,124 +147,6 @@ class Worker:
             _workers.clear()
             raise
 
-    # In the event loop of DBOS.
-
-    async def run(self, job_id: str, text: str) -> str:
-        """Make all attempts of a job, and return what its function has returned, as JSON."""
-        running = cast("asyncio.Task[Any]", asyncio.current_task())
-        running.add_done_callback(lambda _: self._in_loop(self._note_over, job_id))
-        attempt = 1
-        while True:
-            told = await DBOS.run_step_async(
-                {"name": "attempt", "preemptible": True}, self._attempt, job_id, text, attempt
-            )
-            if "result" in told:
-                return cast(str, told["result"])
-            if "error" in told:
-                raise JobError(told["error_type"], told["error"])
-            self._in_loop(self._note_stored, job_id)
-            await self._rest(job_id, attempt, told["due"])
-            attempt += 1
-
-    async def _rest(self, job_id: str, attempt: int, due: float) -> None:
-        """Wait until the next attempt is due; for long not among the jobs that run at once."""
-        is_aside = await self._in_app(self._step_aside(job_id, attempt, due))
-        if is_aside is None:
-            raise asyncio.CancelledError
-        # What is recorded is when it ends, so that after a crash only the rest is waited for. Of no
-        # time at all nothing would be recorded, and the steps would not be the same again.
-        await DBOS.sleep_async(max(0.001, due - time.time()))
-        if is_aside and await self._in_app(self._come_back(job_id)):
-            raise asyncio.CancelledError
-
-    async def _attempt(self, job_id: str, text: str, attempt: int) -> dict[str, Any]:
-        told = await self._in_app(self._execute(job_id, text, attempt))
-        if told is None:
-            await _until_the_end()
-        elif _NOT_HERE in told:
-            raise asyncio.CancelledError
-        return told
-
-    async def _in_app(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
-
-    def _in_loop(self, func: Callable[[str], None], job_id: str) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(func, job_id)
-
-    # In the event loop of the app.
-
-    async def _execute(self, job_id: str, text: str, attempt: int) -> dict[str, Any] | None:
-        """Make one attempt, and return what is recorded; ``None``: nothing, and the app ends."""
-        if self._is_paused:
-            return None
-        task = cast("asyncio.Task[Any]", asyncio.current_task())
-        self._attempts.add(task)
-        task.add_done_callback(self._attempts.discard)
-        outcome = await self._executor.run(
-            job_id, text, attempt=attempt, store_progress=partial(self._store.note_progress, job_id)
-        )
-        if isinstance(outcome, Cancelled):
-            return {_NOT_HERE: True}
-        if isinstance(outcome, Interrupted):
-            return await self._interrupted(job_id)
-        self._unstored.add(job_id)
-        if isinstance(outcome, Succeeded):
-            return {"result": outcome.result}
-        if isinstance(outcome, Failed):
-            return {"error_type": outcome.error_type, "error": outcome.error}
-        due = time.time() + outcome.wait
-        await self._note_failure(job_id, attempt, due)
-        return {"due": due}
-
-    async def _interrupted(self, job_id: str) -> dict[str, Any] | None:
-        if self._is_paused:
-            return None
-        # It was cancelled, and not as a job: something else in this process has done it.
-        return {_NOT_HERE: True} if await self._come_back(job_id) else None
-
-    async def _note_failure(self, job_id: str, attempt: int, due: float) -> None:
-        try:
-            row = await self._store.row(job_id)
-            started = {} if row is None else noted_start(row)
-            await self._store.note(job_id, **started, attempt=attempt, due=due, progress=None)
-        except EngineUnavailableError as error:
-            logger.warning("That job %s waits could not be noted: %s", job_id, error)
-
-    async def _step_aside(self, job_id: str, attempt: int, due: float) -> bool | None:
-        """Have a job wait in a queue that takes any number of them at once.
-
-        :return: whether it is in there now; ``None`` if it is about to begin there
-        """
-        try:
-            row = await self._store.row(job_id)
-            if row is None or attempt < notes_of(row).attempt:
-                return False  # all of this has happened before
-            if row.queue_name == self._store.waiting_room:
-                return True
-            if due - time.time() < _LONG:
-                return False
-            await self._store.give_back([job_id], self._store.waiting_room)
-        except EngineUnavailableError:
-            return False
-        return None
-
-    async def _come_back(self, job_id: str) -> bool:
-        """Have a job begin anew in the queue of those that run; ``False`` if that failed."""
-        try:
-            await self._store.give_back([job_id], self._store.name)
-        except EngineUnavailableError:
-            return False
-        return True
-
-    def _note_stored(self, job_id: str) -> None:
-        self._unstored.discard(job_id)
-        self._is_stored.set()
-
-    def _note_over(self, job_id: str) -> None:
-        self._note_stored(job_id)
-        self._on_over()
-
 
 async def _run(*args: Any, **kwargs: Any) -> str:
     """Do what every job's workflow does, whatever somebody has given it for arguments."""
@@ -307,13 +154,7 @@ async def _run(*args: Any, **kwargs: Any) -> str:
     job_id = DBOS.workflow_id
     assert job_id is not None
     text = args[0] if len(args) == 1 and not kwargs else None
-    return await worker.run(job_id, text if isinstance(text, str) else "")
-
-
-async def _until_the_end() -> NoReturn:
-    """Hold a job until DBOS is destroyed: it is no other process's as long as this one has it."""
-    while True:
-        await asyncio.Event().wait()
+    return await worker.runs.run(job_id, text if isinstance(text, str) else "")
 
 
 def _launch(config: DBOSConfig, max_recoveries: int) -> None:

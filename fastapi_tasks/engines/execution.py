@@ -232,7 +232,7 @@ class Executor:
 
     def _outcome_of(self, task: JobTask, registered: Registered) -> Outcome:
         if self._is_interrupted(task):
-            self.interrupted += 1
+            self.interrupted += task.started.is_set()
             return Interrupted()
         if task.status is TaskStatus.CANCELLED:
             return Cancelled()

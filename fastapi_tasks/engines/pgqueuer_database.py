@@ -111,7 +111,7 @@ class Database:
             rows: list[Row] = await connection.fetch(query, *args)
         except BaseException as error:
             # To be released it would have to answer, and that is what it may not do any more.
-            if isinstance(error, asyncio.CancelledError | LOST):
+            if isinstance(error, (asyncio.CancelledError, *LOST)):
                 connection.terminate()
             raise
         finally:

@@ -198,10 +198,14 @@ class DocketEngine(EngineAdapter):
 
 
 def _quieten() -> None:
-    """Keep docket from telling of each job what the log says already."""
-    docket_logger = logging.getLogger("docket")
-    if docket_logger.level == logging.NOTSET:  # else somebody wants it so
-        docket_logger.setLevel(logging.WARNING)
+    """Keep docket from telling of each job, and of a Redis that is gone, what our log says."""
+    for name in ("docket.worker", "docket._redelivery"):
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return record.levelno >= logging.ERROR and not isinstance(error, RedisError)
 
 
 def _check_name(name: object) -> None:

@@ -2,13 +2,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lanes servers lint format docs interleavings mutants constraints clean
+.PHONY: help demo demo-durable test lanes servers engines lint format docs interleavings mutants constraints clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/demo.stamp ## Run the demo
 	@$(BIN)/python scripts/demo.py
+
+demo-durable: .venv/demo-durable.stamp ## Run the demo of jobs, which survive a kill -9
+	@$(BIN)/python -m scripts.demo_durable
 
 test: .venv/dev.stamp ## Run the tests, with 100 % coverage required
 	@scripts/test
@@ -20,7 +23,10 @@ lane-%: .venv/dev.stamp
 	@$(BIN)/python scripts/lane $*
 
 servers: .venv/dev.stamp ## Test the servers, and write the table of what each of them keeps
-	@$(BIN)/python scripts/servers.py
+	@$(BIN)/python -m scripts.servers
+
+engines: .venv/dev.stamp ## Test the engines with 1,000 jobs, and write the table of what each of them keeps
+	@$(BIN)/python -m scripts.engines
 
 lint: .venv/dev.stamp ## Check style, types, imports and the README
 	@scripts/lint

@@ -13,9 +13,11 @@ from .live import LiveTasks
 from .observer import Observers, TaskEvent, TaskEventKind
 from .tasks import Task, TaskStatus, is_over
 
-__all__ = ["Drain", "DrainPlan", "DrainReport"]
+__all__ = ["SHUTTING_DOWN", "Drain", "DrainPlan", "DrainReport"]
 
-_REASON = "the app is shutting down"
+SHUTTING_DOWN = "the app is shutting down"
+"""Why a drain cancels tasks, for the record."""
+
 _TOO_LATE = "the app was shut down before the moment of the request that it waited for"
 
 CLEANUP = 5.0
@@ -176,7 +178,7 @@ class Drain:
         tasks = tuple(task for task in live if not _is_ending(task))
         if tasks:
             self._tell(TaskEventKind.DRAIN_CANCELLING, tasks)
-            self._live.cancel(tasks, _REASON)
+            self._live.cancel(tasks, SHUTTING_DOWN)
 
     def _abandon(self, *, shielded: bool | None = None) -> None:
         tasks = self._live.tasks(shielded=shielded)
@@ -197,5 +199,5 @@ def _is_ending(task: Task) -> bool:
     if task.awaits_strays:
         return True
     if is_over(task):  # its error handler runs, which an earlier cancellation did not reach
-        return task.cancel_reason == _REASON
+        return task.cancel_reason == SHUTTING_DOWN
     return task.cancel_reason != ""

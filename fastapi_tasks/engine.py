@@ -101,9 +101,12 @@ class StartedEngines:
             self._engines.append(engine)
 
     def pause(self) -> None:
-        """Have them take no more jobs."""
+        """Have them take no more jobs, whatever becomes of one of them."""
         for engine in self._engines:
-            engine.pause()
+            try:
+                engine.pause()
+            except Exception:
+                logger.exception("An engine could not be paused as it should: %s", engine)
 
     async def stop(self) -> None:
         """Stop them, the last one first, whatever becomes of the others."""

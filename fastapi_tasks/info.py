@@ -5,6 +5,7 @@ The supervisor keeps what is over as a :data:`Record`, which is several times ch
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, TypeAlias
@@ -23,6 +24,7 @@ __all__ = [
     "TaskStatus",
     "id_of",
     "info_of",
+    "key_of",
     "progress_of",
     "shown_error",
 ]
@@ -31,6 +33,8 @@ TEXT_LENGTH = 1000
 """How many characters a text has at most that somebody else has written: an error's, a message."""
 
 _CUT = "..."
+
+_NUMBER = re.compile("[1-9][0-9]{0,18}")  # what a client sends may have a million digits
 
 # One type in the schema, while whole numbers stay whole.
 _Number = Annotated[int | float, WithJsonSchema({"type": "number", "minimum": 0})]
@@ -121,6 +125,12 @@ def id_of(key: tuple[str, int]) -> str:
     """Return a task's id from its two parts; that of an engine's job has one only."""
     run, number = key
     return f"{run}-{number}" if number else run
+
+
+def key_of(task_id: str) -> tuple[str, int]:
+    """Return the two parts of an id, be it a task's or a job's, which is its engine's affair."""
+    run, _, number = task_id.rpartition("-")
+    return (run, int(number)) if _NUMBER.fullmatch(number) else (task_id, 0)
 
 
 def _moment(seconds: float) -> datetime:

@@ -6,7 +6,6 @@ It knows every live task, starts them from any thread, and sees them to their en
 from __future__ import annotations
 
 import itertools
-import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -32,7 +31,7 @@ from .errors import (
 )
 from .history import History
 from .inbox import Inbox
-from .info import TaskInfo
+from .info import TaskInfo, key_of
 from .live import LiveTasks, OpenRequest, give_up
 from .observer import Observers, TaskEvent, TaskEventKind, TaskObserver, logger
 from .runner import Runner
@@ -44,9 +43,6 @@ __all__ = ["StandIn", "Supervisor"]
 _BY_USER = "its cancel() was called"
 _NOT_RUNNING = "its supervisor is not running; it does from the app's start-up to its shutdown"
 _LOST = "the event loop was closed before the app was shut down"
-
-
-_NUMBER = re.compile("[1-9][0-9]{0,18}")  # what a client sends may have a million digits
 
 
 class _State(Enum):
@@ -567,7 +563,9 @@ class Supervisor(ImmediateTasks):
         live = self._live
         if live is not None:
             yield from live.waiting()
-        yield from (args[0] for _, args in self._inbox.calls() if isinstance(args[0], Task))
+        yield from (
+            arg for _, args in self._inbox.calls() for arg in args[:1] if isinstance(arg, Task)
+        )
         if live is not None:
             yield from live.all()
 
@@ -639,7 +637,7 @@ class Supervisor(ImmediateTasks):
 
 
 def _key_of(task_id: object) -> tuple[str, int]:
-    """Return the two parts of an id, or those of no task."""
+    """Return the two parts of an id."""
     if not isinstance(task_id, str):
         raise InvalidSettingError(
             "task_id",
@@ -647,9 +645,7 @@ def _key_of(task_id: object) -> tuple[str, int]:
             expected="the id of a task, a string",
             instead="get_supervisor().find(task.id)",
         )
-    run, _, number = task_id.rpartition("-")
-    # A job's id is its engine's affair.
-    return (run, int(number)) if _NUMBER.fullmatch(number) else (task_id, 0)
+    return key_of(task_id)
 
 
 def _new_run_id() -> str:

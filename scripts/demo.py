@@ -11,17 +11,18 @@ import argparse
 import http.client
 import json
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from threading import Timer
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 ROOT = Path(__file__).parents[1]
@@ -55,15 +56,20 @@ class Event:
 class Server:
     """A uvicorn process on a free port of the loopback interface.
 
-    :param app: which factory of scripts/demo_app.py makes the app
+    :param factory: what makes the app, and the module that it is in
+    :param environment: more environment variables
     """
 
-    def __init__(self, app: str) -> None:
-        command = [sys.executable, "-m", "uvicorn", "--factory", f"scripts.demo_app:{app}"]
+    def __init__(self, factory: str, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+        command = [sys.executable, "-m", "uvicorn", "--factory", factory]
         command += ["--app-dir", str(ROOT), "--host", "127.0.0.1", "--port", "0"]
         command += ["--log-level", "info", "--no-access-log", "--no-use-colors"]
         self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         self._log: list[str] = []
         # Its output is read without a time limit: should it hang, its death ends the reading.
@@ -100,13 +106,20 @@ class Server:
         while not until(events):
             event = self._next_event()
             if event is None:
-                sys.exit(_failure("The server has ended, or it hung. Its log:", *self._log))
+                sys.exit(failure("The server has ended, or it hung. Its log:", *self._log))
             events.append(event)
 
     def terminate(self, events: list[Event]) -> None:
         """Send the server a SIGTERM, and collect what happens until it is gone."""
-        events.append(Event(time.monotonic(), "SIGTERM", "sent", f"to process {self.pid}"))
-        self._process.terminate()
+        self._send(signal.SIGTERM, events)
+
+    def kill(self, events: list[Event]) -> None:
+        """Kill the server, as a power cut does, and collect what happened until it is gone."""
+        self._send(signal.SIGKILL, events)
+
+    def _send(self, number: signal.Signals, events: list[Event]) -> None:
+        events.append(Event(time.monotonic(), number.name, "sent", f"to process {self.pid}"))
+        self._process.send_signal(number)
         while (event := self._next_event()) is not None:
             events.append(event)
         status = self._process.wait()
@@ -137,7 +150,7 @@ def place_order(port: str) -> Event:
     finally:
         connection.close()
     if response.status != 202:
-        sys.exit(_failure(f"The order was answered with {response.status} {response.reason}."))
+        sys.exit(failure(f"The order was answered with {response.status} {response.reason}."))
     waited = f"the answer came after {(time.monotonic() - sent_at) * 1000:.0f} ms"
     return Event(sent_at, "POST /orders", "sent", waited)
 
@@ -179,7 +192,7 @@ def judge(events: Sequence[Event]) -> int:
     end = ends[0] if ends else Event(events[-1].at, "take_payment", "gone with the server")
     after = (end.at - _moment("SIGTERM", events)) * 1000
     if after < 0:
-        return _failure("This machine is too slow: the payment was over before the SIGTERM.")
+        return failure("This machine is too slow: the payment was over before the SIGTERM.")
     if end.what != "finished":
         print(f"\nThe payment is LOST: {end.what} {after:.0f} ms after the SIGTERM.")
         return 1
@@ -188,7 +201,7 @@ def judge(events: Sequence[Event]) -> int:
     return 0
 
 
-def _failure(*lines: str) -> int:
+def failure(*lines: str) -> int:
     """Say why nothing can be shown, and return the exit status that goes with it."""
     print(*lines, sep="\n", file=sys.stderr)
     return 2
@@ -207,7 +220,8 @@ def main() -> int:
     )
     without_shield: bool = parser.parse_args().without_shield
     print(INTRODUCTION.format("not shielded" if without_shield else "shielded"))
-    with Server("unshielded" if without_shield else "shielded") as server:
+    factory = "unshielded" if without_shield else "shielded"
+    with Server(f"scripts.demo_app:{factory}") as server:
         port = server.wait_until_it_listens()
         print(f"uvicorn serves docs/examples/orders.py on 127.0.0.1:{port}, process {server.pid}.")
 

@@ -1,4 +1,4 @@
-"""``make demo``: that it shows what it promises, and that it would tell if the payment got lost."""
+"""The demos: that each shows what it promises, and that it would tell if something got lost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 60.0
+DEMO = "scripts/demo.py"
 ROW = re.compile(r" +\d+\.\d +(?P<since_signal>\d+\.\d)? +(?P<what>(?:POST )?\S+ +[a-z]+)")
 
 
@@ -32,13 +34,14 @@ class Run:
         return rows[first:second], rows[second:]
 
 
-def run(*options: str, path: Path = ROOT) -> Run:
-    """Run the demo.
+def run(*command: str, path: Path = ROOT) -> Run:
+    """Run a demo.
 
-    :param path: where Python looks for modules first
+    :param command: what Python runs
+    :param path: where it looks for modules first
     """
     process = subprocess.run(
-        [sys.executable, "-W", "error", "scripts/demo.py", *options],
+        [sys.executable, "-W", "error", *command],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(path)},
         capture_output=True,
@@ -52,7 +55,7 @@ def run(*options: str, path: Path = ROOT) -> Run:
 @pytest.fixture(scope="module")
 def demo() -> Run:
     """Run the demo as ``make demo`` does."""
-    return run()
+    return run(DEMO)
 
 
 def test_the_demo_exits_with_zero_when_the_payment_was_kept(demo: Run) -> None:
@@ -103,7 +106,7 @@ def test_times_are_given_since_the_request_and_since_the_signal(demo: Run) -> No
 
 def test_the_demo_fails_when_the_payment_was_lost() -> None:
     """Without its shield the payment is cancelled, and both the text and the status say so."""
-    demo = run("--without-shield")
+    demo = run(DEMO, "--without-shield")
     _, disturbed = demo.timelines
     assert demo.status == 1
     assert "take_payment cancelled" in disturbed
@@ -114,6 +117,49 @@ def test_the_demo_fails_when_the_payment_was_lost() -> None:
 def test_the_demo_shows_the_servers_log_when_it_does_not_start(tmp_path: Path) -> None:
     """A machine on which nothing can be shown is told from a payment that was lost."""
     (tmp_path / "uvicorn.py").write_text("raise SystemExit('no server today')")
-    demo = run(path=tmp_path)
+    demo = run(DEMO, path=tmp_path)
     assert demo.status == 2
     assert "no server today" in demo.errors
+
+
+# make demo-durable
+
+
+def run_durable(*options: str) -> Run:
+    """Run the demo of jobs as ``make demo-durable`` does."""
+    pytest.importorskip("dbos")
+    return run("-m", "scripts.demo_durable", *options)
+
+
+CHARGES = [f"charge {number}" for number in range(1, 7)]
+
+
+def test_every_charge_is_completed_after_a_kill() -> None:
+    """Two before it, two that it cut off, and two that waited; each of them with its time."""
+    demo = run_durable()
+    assert (demo.status, demo.errors) == (0, "")
+    verdicts = re.findall(r"^(charge \d): (.*)$", demo.output, re.MULTILINE)
+    assert [charge for charge, _ in verdicts] == CHARGES
+    before, cut_off, waited = (
+        [verdict for _, verdict in verdicts[start : start + 2]] for start in (0, 2, 4)
+    )
+    assert before == ["completed before the kill"] * 2
+    for verdict in cut_off:
+        assert re.fullmatch(r"completed \d+\.\d\d s after the restart: .* began anew", verdict)
+    for verdict in waited:
+        assert re.fullmatch(r"completed \d+\.\d\d s after the restart: it waited", verdict)
+    rows = re.findall(r"^ +\d+\.\d\d +(\S.*\S) +(begun|completed)", demo.output, re.MULTILINE)
+    rows = [(charge.strip(), what) for charge, what in rows]
+    assert Counter(charge for charge, what in rows if what == "completed") == Counter(CHARGES)
+    assert Counter(charge for charge, what in rows if what == "begun") == Counter(
+        [*CHARGES, "charge 3", "charge 4"]
+    )
+    assert "Each of the 6 charges was COMPLETED" in demo.output
+
+
+def test_without_an_engine_charges_are_lost() -> None:
+    """What was a task of the process is gone with it, and both the text and the status say so."""
+    demo = run_durable("--without-engine")
+    assert demo.status == 1
+    assert re.findall(r"^(charge \d): LOST$", demo.output, re.MULTILINE) == CHARGES[2:]
+    assert demo.output.splitlines()[-1] == "4 of 6 charges are LOST."

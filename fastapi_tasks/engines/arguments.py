@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from pydantic import JsonValue, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
-from pydantic_core import PydanticSerializationError
+from pydantic_core import ErrorDetails, PydanticSerializationError
+from pydantic_core.core_schema import ErrorType
 
 from fastapi_tasks.callables import qualified_name
 from fastapi_tasks.errors import InvalidArgumentsError, InvalidTaskError
@@ -16,6 +17,7 @@ from fastapi_tasks.errors import InvalidArgumentsError, InvalidTaskError
 __all__ = ["Arguments"]
 
 _EMPTY = inspect.Parameter.empty
+_KNOWN_PROBLEMS = frozenset(get_args(ErrorType))
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -81,7 +83,7 @@ class Arguments:
             return self._result.dump_json(
                 checked, by_alias=True, round_trip=True, warnings=False
             ).decode()
-        except (ValidationError, PydanticSerializationError, ValueError) as error:
+        except Exception as error:  # validators are anybody's
             raise InvalidArgumentsError(self._name, f"its result: {_told(error)}") from None
 
     def load_result(self, text: str | bytes) -> Any:
@@ -91,7 +93,7 @@ class Arguments:
         """
         try:
             return self._result.validate_json(text)
-        except ValidationError as error:
+        except Exception as error:  # validators are anybody's
             raise InvalidArgumentsError(self._name, f"its result: {_told(error)}") from None
 
     def _adapter(self, kind: Any, what: str) -> TypeAdapter[Any]:
@@ -110,10 +112,13 @@ class Arguments:
         try:
             checked = adapter.validate_python(value)
             dumped = _dump(adapter, checked)
-        except (ValidationError, PydanticSerializationError, ValueError) as error:
+            # What is written may be less than there was: a secret's stars, a number that is none.
+            is_same = _is_same(adapter, self._load_one(name, dumped), checked, dumped)
+        except InvalidArgumentsError:
+            raise
+        except Exception as error:  # validators are anybody's
             raise InvalidArgumentsError(self._name, f"{name!r}: {_told(error)}") from None
-        # What is written may be less than there was: a secret's stars, a number that is none.
-        if not _is_same(adapter, self._load_one(name, dumped), checked, dumped):
+        if not is_same:
             raise InvalidArgumentsError(
                 self._name, f"{name!r}: it would not arrive as it is, as JSON has no form for it"
             )
@@ -123,7 +128,7 @@ class Arguments:
         adapter = self._adapters[name]
         try:
             return adapter.validate_json(_JSON.dump_json(value))
-        except ValidationError as error:
+        except Exception as error:  # validators are anybody's, and so is text that is no Unicode
             raise InvalidArgumentsError(self._name, f"{name!r}: {_told(error)}") from None
 
 
@@ -162,6 +167,14 @@ def _is_same(adapter: TypeAdapter[Any], arrived: object, sent: object, dumped: J
 def _told(error: Exception) -> str:
     """Return what is wrong with a value, and not what the value is."""
     if isinstance(error, ValidationError):
-        problems = error.errors(include_input=False, include_url=False, include_context=False)
-        return "; ".join(each["msg"] for each in problems)
-    return "it cannot be written as JSON"
+        problems = error.errors(include_input=False, include_url=False)
+        return "; ".join(map(_problem, problems))
+    if isinstance(error, (PydanticSerializationError, ValueError)):
+        return "it cannot be written as JSON"
+    return f"its validation raised {type(error).__name__}"
+
+
+def _problem(details: ErrorDetails) -> str:
+    # What is put into a text may be a part of the value, and a user's own text is unknown.
+    is_plain = details["type"] in _KNOWN_PROBLEMS and "ctx" not in details
+    return details["msg"] if is_plain else details["type"]

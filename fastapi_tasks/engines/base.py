@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -39,6 +40,8 @@ from .registration import Registered, Registry
 from .trace import current_trace
 
 __all__ = ["BoundEngine", "EngineAdapter", "JobOptions", "JobRecord", "Lifespan"]
+
+_PASSWORD_FIELD = re.compile("(?<=[?&]password=)[^&]+")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -101,7 +104,7 @@ class EngineAdapter(ABC):
     ) -> None:
         self._check_url(url)
         _check_concurrency(concurrency)
-        TaskConfig(timeout=enqueue_timeout)  # raises for what is no time
+        _check_timeout(enqueue_timeout)
         self.url = url
         """Where the engine keeps its jobs."""
         self.worker = worker
@@ -110,6 +113,9 @@ class EngineAdapter(ABC):
         """How many jobs run at once in a process that does, from the next start on."""
         self.enqueue_timeout = enqueue_timeout
         """Seconds after which an enqueueing has failed that got no answer."""
+        self.shield = False
+        """Whether a shutdown waits for the jobs of this process until its deadline, from the next
+        start on. If not, it cuts them off at once, so that they run again elsewhere."""
         self.executor: Executor | None = None
         """What runs the jobs of this process, while it does."""
         self._lifespan = lifespan
@@ -254,6 +260,11 @@ class EngineAdapter(ABC):
         """Whether jobs can be enqueued."""
         return self._stack is not None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the functions that are registered."""
+        return self._registry.names
+
     def name_of(self, func: Callable[..., Any]) -> str:
         """Return the name by which a function was registered."""
         return self._registry.of(func).name
@@ -267,9 +278,7 @@ class EngineAdapter(ABC):
         delay: float,
     ) -> Enqueueing:
         """Check a call, and return what enqueues it."""
-        self._require_started()
-        registered = self._registry.of(func)
-        arguments = registered.arguments.dump(args, kwargs)
+        registered, arguments = self._checked(func, args, kwargs)
         return functools.partial(self._send, registered, arguments, JobOptions(delay=delay))
 
     async def enqueue_with(
@@ -280,9 +289,18 @@ class EngineAdapter(ABC):
         kwargs: dict[str, Any],
     ) -> Job[Any]:
         """Enqueue a call with options, as :meth:`enqueue` does."""
+        registered, arguments = self._checked(func, args, kwargs)
+        return await self._send(registered, arguments, options)
+
+    def _checked(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Registered, dict[str, Any]]:
+        """Return what is registered, and the arguments as they travel."""
         self._require_started()
+        while isinstance(func, functools.partial):
+            args, kwargs, func = func.args + args, func.keywords | kwargs, func.func
         registered = self._registry.of(func)
-        return await self._send(registered, registered.arguments.dump(args, kwargs), options)
+        return registered, registered.arguments.dump(args, kwargs)
 
     async def _send(
         self, registered: Registered, arguments: dict[str, Any], options: JobOptions
@@ -344,12 +362,20 @@ class EngineAdapter(ABC):
         _require_asyncio(self)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._connected())
-            if self.worker:
-                if self._lifespan is not None:
-                    await stack.enter_async_context(self._lifespan())
-                self.executor = Executor(self._registry, supervisor, shield=False)
-                await stack.enter_async_context(self._working(self.executor))
-            self._stack = stack.pop_all()
+            self._stack = stack  # the first job, and the lifespan before it, may enqueue others
+            try:
+                if self.worker:
+                    await self._begin_work(stack, supervisor)
+                self._stack = stack.pop_all()
+            except BaseException:
+                self._stack = self.executor = None
+                raise
+
+    async def _begin_work(self, stack: AsyncExitStack, supervisor: Supervisor) -> None:
+        if self._lifespan is not None:
+            await stack.enter_async_context(self._lifespan())
+        self.executor = Executor(self._registry, supervisor, shield=self.shield)
+        await stack.enter_async_context(self._working(self.executor))
 
     def pause(self) -> None:
         """Take no more jobs, since the supervisor is about to be drained."""
@@ -358,10 +384,14 @@ class EngineAdapter(ABC):
 
     async def stop(self) -> None:
         """Disconnect, when no job runs in this process any more."""
+        if self.executor is not None:
+            self.executor.give_up()
         stack, self._stack = self._stack, None
-        if stack is not None:
-            await stack.aclose()
-        self.executor = None
+        try:
+            if stack is not None:
+                await stack.aclose()
+        finally:
+            self.executor = None
 
     @asynccontextmanager
     async def _within(self) -> AsyncGenerator[None, None]:
@@ -388,14 +418,10 @@ class EngineAdapter(ABC):
 
     def __str__(self) -> str:
         """Return what to call it: where it keeps its jobs, without a password."""
-        parts = urlsplit(self.url)
-        place = (
-            self.url
-            if parts.password is None
-            else parts._replace(
-                netloc=parts.netloc.replace(f":{parts.password}@", ":***@")
-            ).geturl()
-        )
+        place = _PASSWORD_FIELD.sub("***", self.url)
+        password = urlsplit(place).password
+        if password:
+            place = place.replace(f":{password}@", ":***@", 1)
         return f'{type(self).__name__}("{place}")'
 
     # What an adapter tells
@@ -494,6 +520,20 @@ def _check_concurrency(concurrency: object) -> None:
             concurrency,
             expected="a whole number, 1 or more",
             instead="concurrency=10",
+        )
+
+
+def _check_timeout(seconds: object) -> None:
+    if (
+        not isinstance(seconds, (int, float))
+        or isinstance(seconds, bool)
+        or not 0 < seconds < math.inf
+    ):
+        raise InvalidSettingError(
+            "enqueue_timeout",
+            seconds,
+            expected="seconds, more than 0",
+            instead="enqueue_timeout=5",
         )
 
 

@@ -16,15 +16,23 @@ import anyio.to_thread
 
 from fastapi_tasks.callables import is_async
 from fastapi_tasks.config import TaskConfig
+from fastapi_tasks.drain import SHUTTING_DOWN
 from fastapi_tasks.errors import (
     InvalidArgumentsError,
     MalformedMessageError,
     UnregisteredFunctionError,
 )
-from fastapi_tasks.info import Progress, shown_error
+from fastapi_tasks.info import Progress, key_of, shown_error
 from fastapi_tasks.observer import logger, report_bad_retry
 from fastapi_tasks.supervisor import Supervisor
-from fastapi_tasks.tasks import Task, TaskErrorHandler, TaskStatus, continue_at, until_over
+from fastapi_tasks.tasks import (
+    Task,
+    TaskErrorHandler,
+    TaskStatus,
+    continue_at,
+    is_over,
+    until_over,
+)
 
 from .backoff import wait_after
 from .messages import Message, read_message
@@ -104,7 +112,7 @@ class Executor:
         self._supervisor = supervisor
         self._shield = shield
         self._tasks: dict[str, JobTask] = {}
-        self._cancelled: set[str] = set()
+        self._waiting: dict[JobTask, asyncio.Future[None]] = {}
         self.interrupted = 0
         """How many jobs were cut off by the shutdown."""
 
@@ -146,7 +154,6 @@ class Executor:
             # It may have been handed out once more meanwhile, if the engine took it for lost.
             if self._tasks.get(job_id) is task:
                 del self._tasks[job_id]
-                self._cancelled.discard(job_id)
 
     def cancel(self, job_id: str) -> bool:
         """Cancel a job that runs here, as somebody has asked for.
@@ -154,10 +161,13 @@ class Executor:
         :return: ``False`` if it does not run here
         """
         task = self._tasks.get(job_id)
-        if task is None:
-            return False
-        self._cancelled.add(job_id)
-        return task.cancel()
+        return task is not None and task.cancel()
+
+    def give_up(self) -> None:
+        """Wait no longer for jobs that the shutdown has abandoned: they are to run elsewhere."""
+        for task, waiting in self._waiting.items():
+            if task.abandoned:
+                waiting.cancel()
 
     def _task_of(
         self,
@@ -182,8 +192,7 @@ class Executor:
         task = context.run(
             lambda: JobTask(
                 supervisor,
-                job_id,
-                0,
+                *key_of(job_id),
                 registered.func,
                 args,
                 kwargs,
@@ -200,27 +209,33 @@ class Executor:
         return task
 
     async def _until_over(self, task: JobTask, handled: _Handled) -> None:
-        over = asyncio.ensure_future(self._supervise(task, handled))
+        self._supervisor.submit(task)
+        if task.handle is not None:
+            # A cancellation may come between the failure and its handler, which then never runs.
+            task.handle.add_done_callback(handled.close)
+        over = self._waiting[task] = asyncio.ensure_future(self._wait(task, handled))
         try:
-            await asyncio.shield(over)
+            await asyncio.wait({over})
         except asyncio.CancelledError:
             task.cancel()
-            await over
+            await asyncio.wait({over})
             raise
+        finally:
+            over.cancel()  # if it is not over, somebody has cancelled the caller twice
+            del self._waiting[task]
 
-    async def _supervise(self, task: JobTask, handled: _Handled) -> None:
-        self._supervisor.submit(task)
+    async def _wait(self, task: JobTask, handled: _Handled) -> None:
         await until_over(task)
         is_handled = handled.handler is not None and isinstance(task.exception(), Exception)
         if task.status is TaskStatus.FAILED and is_handled and task.next_wait is None:
             await handled.over.wait()
 
     def _outcome_of(self, task: JobTask, registered: Registered) -> Outcome:
-        if task.status is TaskStatus.CANCELLED:
-            if task.id in self._cancelled:
-                return Cancelled()
-            self.interrupted += 1
+        if self._is_interrupted(task):
+            self.interrupted += task.started.is_set()
             return Interrupted()
+        if task.status is TaskStatus.CANCELLED:
+            return Cancelled()
         error = task.exception()
         if error is not None:
             told = shown_error(error)
@@ -230,6 +245,15 @@ class Executor:
         except InvalidArgumentsError as problem:
             logger.error("Job %s has a result that cannot be kept: %s", task.id, problem)
             return Failed(*shown_error(problem))
+
+    def _is_interrupted(self, task: JobTask) -> bool:
+        """Return whether the shutdown has kept a job from its end, and not somebody else."""
+        if task.status is not TaskStatus.CANCELLED:
+            return task.was_cut_off or not is_over(task)  # given up, while it still runs
+        if task.cancel_reason:
+            return task.cancel_reason == SHUTTING_DOWN
+        # Dropped, since the supervisor takes nothing any more; else it has cancelled itself.
+        return not self._supervisor.is_running
 
     def _in_loop(self, func: Callable[[], object]) -> Callable[[], None]:
         def call() -> None:
@@ -244,7 +268,7 @@ class Executor:
 class JobTask(Task):
     """One attempt of a job: a task whose id is the job's."""
 
-    __slots__ = ("next_wait", "on_progress", "wait_after")
+    __slots__ = ("next_wait", "on_progress", "wait_after", "was_cut_off")
 
     on_progress: Callable[[], None] | None
     """Is called when it has said how far it has come, in any thread."""
@@ -252,10 +276,13 @@ class JobTask(Task):
     """Seconds until the next attempt, once this one has failed, if there is one."""
     wait_after: Callable[[Exception], float | None] | None
     """Tells how long to wait after an error."""
+    was_cut_off: bool
+    """Whether it has failed since the shutdown had cancelled it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.on_progress = self.next_wait = self.wait_after = None
+        self.was_cut_off = False
 
     def set_progress(
         self, done: float, total: float | None = None, message: str | None = None
@@ -266,7 +293,10 @@ class JobTask(Task):
 
     def next_attempt_in(self, error: Exception) -> float | None:
         """Return what the engine is to wait before the next attempt, ``None`` if there is none."""
-        if self.wait_after is not None:
+        if self.cancel_reason == SHUTTING_DOWN:
+            self.was_cut_off = True  # whatever it has made of that
+            self.next_wait = 0.0
+        elif self.wait_after is not None and not self.cancel_reason:
             try:
                 self.next_wait = self.wait_after(error)
             except Exception as failure:
@@ -283,6 +313,10 @@ class _Handled:
     def __init__(self, handler: TaskErrorHandler | None) -> None:
         self.handler = handler
         self.over = asyncio.Event()
+
+    def close(self, _handle: object) -> None:
+        """Note that it will not be called any more."""
+        self.over.set()
 
     async def __call__(self, task: Task, error: Exception) -> None:
         assert self.handler is not None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from fastapi_tasks.callables import is_async, qualified_name
+from fastapi_tasks.callables import is_async, parts, qualified_name
 from fastapi_tasks.config import Retry, TaskConfig, task
 from fastapi_tasks.engine import Engine, engine_of, register
 from fastapi_tasks.errors import (
@@ -65,7 +67,7 @@ class Registry:
                 f"a {type(func).__name__}, which a worker could not find by its name",
                 instead="@engine.task above a function of a module",
             )
-        name = config.name or f"{func.__module__}.{qualified_name(func)}"
+        name = config.name or f"{_module_of(func)}.{qualified_name(func)}"
         if engine_of(func) is not None:
             raise InvalidTaskError(
                 f"{name}, which is registered with an engine already",
@@ -91,6 +93,11 @@ class Registry:
         task(config)(func)  # in a test, which has no engine, it runs as any other function does
         register(func, self._engine)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the functions."""
+        return tuple(self._by_name)
+
     def by_name(self, name: str) -> Registered:
         """Return a function by its name.
 
@@ -106,7 +113,16 @@ class Registry:
 
         :raises UnregisteredFunctionError: nothing
         """
-        registered = self._by_func.get(func)
+        registered = self._by_func.get(parts(func)[0])
         if registered is None:
             raise UnregisteredFunctionError(qualified_name(func), self._label)
         return registered
+
+
+def _module_of(func: Callable[..., Any]) -> str:
+    """Return the module's name, also if it is what Python runs: a worker imports it by its own."""
+    if func.__module__ != "__main__":
+        return func.__module__
+    main = sys.modules["__main__"]
+    spec = main.__spec__
+    return Path(str(main.__file__)).stem if spec is None else spec.name

@@ -1,0 +1,109 @@
+"""An engine in memory whose worker enqueues its own jobs, and tells on standard output of them.
+
+What jobs there are is in the environment variable ``JOBS``, by the names of the functions below.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import anyio
+
+from fastapi_tasks import EngineUnavailableError, TaskEvent, current_task, get_supervisor
+from tests.engines.memory import MemoryEngine
+
+
+@asynccontextmanager
+async def resources() -> AsyncGenerator[None, None]:
+    """Enqueue the jobs, when the engine is connected."""
+    for name in os.environ.get("JOBS", "").split():
+        await engine.enqueue(globals()[name])
+    print("opened", flush=True)
+    yield
+    print("closed", flush=True)
+
+
+engine = MemoryEngine(lifespan=resources)
+unused = MemoryEngine()
+number = 42
+
+
+@asynccontextmanager
+async def unavailable() -> AsyncGenerator[None, None]:
+    """Be a place that cannot be reached."""
+    raise EngineUnavailableError("memory", "nobody remembers", instead="Remind somebody")
+    yield
+
+
+@asynccontextmanager
+async def broken() -> AsyncGenerator[None, None]:
+    """Be a resource that cannot be opened."""
+    raise LookupError("no key for the safe")
+    yield
+
+
+@asynccontextmanager
+async def endless() -> AsyncGenerator[None, None]:
+    """Be a resource that is never open."""
+    print("opening", flush=True)
+    await anyio.sleep_forever()
+    yield
+
+
+unreachable = MemoryEngine(lifespan=unavailable)
+failing = MemoryEngine(lifespan=broken)
+starting = MemoryEngine(lifespan=endless)
+
+
+@unreachable.task
+async def never() -> None:
+    """Be a job of an engine that cannot be reached."""
+
+
+failing.task(name="never-either")(lambda: None)
+starting.task(name="not-yet")(lambda: None)
+
+
+def observe(event: TaskEvent) -> None:
+    """Tell what happens."""
+    for task in event.tasks:
+        print(event.kind, task.name, flush=True)
+
+
+@engine.task(name="quick")
+async def quick() -> None:
+    """Succeed."""
+    print("ran", current_task().name, flush=True)
+
+
+@engine.task(name="bad")
+async def bad() -> None:
+    """Fail."""
+    raise LookupError("nothing there")
+
+
+@engine.task(name="patient")
+async def patient() -> None:
+    """Run until the worker is told to end, and then to the end."""
+    print("patient", flush=True)
+    supervisor = get_supervisor()
+    while supervisor.is_running:
+        await anyio.sleep(0.01)
+    print("patient is done", flush=True)
+
+
+@engine.task(name="endless_job")
+async def endless_job() -> None:
+    """Run until somebody cuts it off."""
+    print("endless", flush=True)
+    await anyio.sleep_forever()
+
+
+@engine.task(name="stuck")
+def stuck() -> None:
+    """Hold a thread for ever."""
+    print("stuck", flush=True)
+    threading.Event().wait()

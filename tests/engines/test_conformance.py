@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,8 +36,8 @@ from fastapi_tasks.engines.messages import Message
 from tests.clocks import Backend
 
 from .jobs import Colour, FlakyError, Item, Order, Trace, eventually
-from .kinds import DURABLE, KINDS, Kind, Place
-from .services import PATIENCE
+from .kinds import DURABLE, KINDS, Database, Kind, Place
+from .services import PATIENCE, postgresql_database
 from .workers import Worker, working
 
 TestFunction = TypeVar("TestFunction", bound=Callable[..., Any])
@@ -104,10 +104,17 @@ def trace(tmp_path: Path) -> Trace:
     return Trace(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def database() -> Generator[Database, None, None]:
+    """A database that is made when it is needed first: that takes longer than most tests."""
+    with ExitStack() as stack:
+        yield cache(lambda: stack.enter_context(postgresql_database()))
+
+
 @pytest.fixture
-def place(kind: Kind, tmp_path: Path) -> Generator[Place, None, None]:
-    """Where the test's jobs are kept."""
-    with kind.place(tmp_path) as place:
+def place(kind: Kind, tmp_path: Path, database: Database) -> Generator[Place, None, None]:
+    """Where the test's jobs are kept, apart from all others."""
+    with kind.place(tmp_path, database) as place:
         yield place
 
 
@@ -392,10 +399,9 @@ async def test_malformed(
 
 
 @promised(kinds=DURABLE)
-async def test_start_without_service(kind: Kind, tmp_path: Path) -> None:
+async def test_start_without_service(kind: Kind, place: Place) -> None:
     """If there is nothing at its address, the app does not start, and no password is shown."""
-    with kind.place(tmp_path) as place:
-        engine = kind.make(kind.unreachable, **place.settings)
+    engine = kind.make(kind.unreachable, **place.settings)
     began = time.monotonic()
     with pytest.raises(EngineUnavailableError) as caught:
         await Supervisor(engines=[engine]).start()

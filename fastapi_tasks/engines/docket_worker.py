@@ -74,13 +74,18 @@ class DocketWorker:
             yield
         finally:
             self.pause()
-            done, _ = await asyncio.wait([serving], timeout=self._patience)
-            while not done:
-                assert self._running is not None
-                self._running.cancel()
-                done, _ = await asyncio.wait([serving], timeout=self._patience)
+            await self._end(serving)
             renewing.cancel()
             await asyncio.wait([renewing])
+
+    async def _end(self, serving: asyncio.Task[None]) -> None:
+        """Wait until all was stored, but not for ever."""
+        done, _ = await asyncio.wait([serving], timeout=self._patience)
+        while not done:
+            logger.warning("What has become of %d jobs cannot be stored", len(self._messages))
+            running = self._running
+            (serving if running is None or running.done() else running).cancel()
+            done, _ = await asyncio.wait([serving], timeout=self._patience)
 
     def pause(self) -> None:
         """Take no more jobs."""
@@ -120,6 +125,8 @@ class DocketWorker:
             await self._running
         finally:
             stopped.cancel()
+        if not self._docket.stopping.is_set():
+            raise RuntimeError("docket's worker has returned")
 
     async def _run_job(self, execution: Execution, text: str) -> None:
         """Make one attempt, and store what has come of it."""
@@ -133,12 +140,12 @@ class DocketWorker:
                 try:
                     await asyncio.wait([work])
                 except asyncio.CancelledError:
-                    if not await self._is_cancelled(execution):
-                        work.cancel()  # it was abandoned, and another worker takes it over
-                        raise
+                    if self._docket.stopping.is_set():
+                        raise  # its message stays where it is, for another worker
                     self._executor.cancel(job_id_of(execution.key))
             work.result()
         finally:
+            work.cancel()
             self._messages.discard(message_id)
 
     async def _begin(self, execution: Execution) -> bool:
@@ -233,7 +240,7 @@ class DocketWorker:
 
     async def _is_cancelled(self, execution: Execution) -> bool:
         key = self._docket.runs_key(execution.key)
-        async with asyncio.timeout(self._patience), self._docket.redis() as redis:
+        async with self._docket.redis() as redis:
             state, asked = await redis.hmget(key, "state", CANCELLING)
         return asked is not None or state == ExecutionState.CANCELLED.value.encode()
 
@@ -264,10 +271,10 @@ class DocketWorker:
         """Remove from Redis who has read messages and is gone, this worker too when it stops."""
         stream, group = self._docket.stream_key, self._docket.worker_group_name
         try:
-            async with self._docket.redis() as redis:
+            async with asyncio.timeout(self._patience), self._docket.redis() as redis:
                 for each in await redis.xinfo_consumers(stream, group):
                     is_gone = each["idle"] > _FORGOTTEN_AFTER or each["name"].decode() == self._name
                     if is_gone and each["pending"] == 0:
                         await redis.xgroup_delconsumer(stream, group, each["name"])
-        except RedisError as error:  # there is no stream yet, or no connection any more
+        except (RedisError, TimeoutError) as error:  # there is no stream yet, or no connection
             logger.debug("Consumers could not be forgotten: %s", error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from typing import ClassVar
 from urllib.parse import urlsplit
@@ -16,12 +16,11 @@ from fastapi_tasks.errors import (
     InvalidSettingError,
     MissingPackageError,
 )
-from fastapi_tasks.info import TaskStatus
 
 from .base import EngineAdapter, JobOptions, JobRecord, Lifespan
 from .execution import Executor
 from .messages import Message
-from .pgqueuer_database import REFUSED, Database, Row
+from .pgqueuer_database import REFUSED, Database, Row, end
 
 try:
     from .pgqueuer_driver import Listener
@@ -29,6 +28,7 @@ try:
     from .pgqueuer_worker import Worker, WorkerSettings
 except ImportError as error:
     raise MissingPackageError(__name__, "pgqueuer", extra="pgqueuer") from error
+from .pgqueuer_waiting import Waiters
 from .transactions import fetch_by
 
 __all__ = ["PgQueuerEngine"]
@@ -36,13 +36,6 @@ __all__ = ["PgQueuerEngine"]
 _PREFIX = re.compile("[a-z_][a-z0-9_]{0,29}")  # names have 63 characters at most, with ours
 _INSTALLING = 30.0
 """Seconds that may pass until the tables are there."""
-_RECHECK = 5.0
-"""How often a job is looked at that is waited for, in seconds: what was said may be lost."""
-_PATIENCE = 30.0
-"""Seconds without the server after which a job is not waited for any longer."""
-_OVER = (TaskStatus.SUCCEEDED, TaskStatus.FAILED, TaskStatus.CANCELLED)
-_UNCOMMITTED = 10_000
-"""How many jobs are known whose transactions may not be over."""
 
 
 class PgQueuerEngine(EngineAdapter):
@@ -95,10 +88,9 @@ class PgQueuerEngine(EngineAdapter):
         self._max_deliveries = max_deliveries
         self._keep = _checked("keep", keep)
         self._connections = connections
-        self._waiting: dict[str, set[asyncio.Event]] = {}
-        self._uncommitted: dict[str, str] = {}
         self._database: Database
         self._listener: Listener
+        self._waiters: Waiters
         self._builders: Builders
         self._statements: Statements
         self._worker: Worker
@@ -126,10 +118,11 @@ class PgQueuerEngine(EngineAdapter):
                 async with asyncio.timeout(_INSTALLING):
                     self._builders = await install(connection, self._prefix)
             finally:
-                connection.terminate()
+                await end(connection)
         self._database = database
         self._statements = Statements(self._builders.qbe.settings)
-        self._listener = Listener(database.connect, self._wake_all)
+        self._waiters = Waiters(self._record, self._transaction_status)
+        self._listener = Listener(database.connect, self._waiters.wake_all)
         try:
             yield
         finally:
@@ -174,10 +167,8 @@ class PgQueuerEngine(EngineAdapter):
             return job_id
         fetch = await fetch_by(options.connection)
         rows = await fetch(*call)
-        if rows:
-            while len(self._uncommitted) >= _UNCOMMITTED:
-                del self._uncommitted[next(iter(self._uncommitted))]
-            self._uncommitted[job_id] = rows[0]["transaction"]
+        for row in rows:  # there is none if there is such a job
+            self._waiters.note_uncommitted(job_id, row["transaction"])
         return job_id
 
     async def _record(self, job_id: str) -> JobRecord | None:
@@ -189,64 +180,18 @@ class PgQueuerEngine(EngineAdapter):
     async def _cancel(self, job_id: str) -> bool:
         return _is_text(job_id) and bool(await self._fetch(self._statements.cancel, job_id))
 
+    async def _until_over(self, job_id: str) -> JobRecord | None:
+        await self._listener.add(self._statements.done, self._waiters.wake)
+        return await self._waiters.until_over(job_id)
+
+    async def _transaction_status(self, transaction: str) -> str | None:
+        rows = await self._fetch(self._statements.transaction_status, transaction)
+        status: str | None = rows[0]["status"]
+        return status
+
     async def _fetch(self, query: str, *args: object) -> list[Row]:
         with self._reaching():
             return await self._database.fetch(query, *args)
-
-    # Waiting
-
-    async def _until_over(self, job_id: str) -> JobRecord | None:
-        woken = asyncio.Event()
-        self._waiting.setdefault(job_id, set()).add(woken)
-        try:
-            await self._listener.add(self._statements.done, self._wake)
-            return await self._look_until_over(job_id, woken)
-        finally:
-            waiting = self._waiting[job_id]
-            waiting.discard(woken)
-            if not waiting:
-                del self._waiting[job_id]
-
-    async def _look_until_over(self, job_id: str, woken: asyncio.Event) -> JobRecord | None:
-        clock = asyncio.get_running_loop().time
-        seen = clock()
-        while True:
-            woken.clear()
-            try:
-                async with asyncio.timeout(_RECHECK):
-                    may_come = await self._is_uncommitted(job_id)
-                    record = await self._record(job_id)
-                seen = clock()
-            except (EngineUnavailableError, TimeoutError):
-                if clock() - seen > _PATIENCE:
-                    raise
-            else:
-                if record is None and not may_come:
-                    return None
-                if record is not None and record.info.status in _OVER:
-                    return record
-            with suppress(TimeoutError):
-                await asyncio.wait_for(woken.wait(), _RECHECK)
-
-    async def _is_uncommitted(self, job_id: str) -> bool:
-        """Return whether a job is not there since its transaction is not over."""
-        transaction = self._uncommitted.get(job_id)
-        if transaction is None:
-            return False
-        rows = await self._fetch(self._statements.transaction_status, transaction)
-        is_open: bool = rows[0]["status"] == "in progress"
-        if not is_open:
-            del self._uncommitted[job_id]
-        return is_open
-
-    def _wake(self, payload: str | bytes | bytearray) -> None:
-        for woken in self._waiting.get(str(payload), ()):
-            woken.set()
-
-    def _wake_all(self) -> None:
-        for waiting in self._waiting.values():
-            for woken in waiting:
-                woken.set()
 
 
 def _check_prefix(prefix: object) -> None:

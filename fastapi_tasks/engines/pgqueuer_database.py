@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise MissingPackageError(__name__, "asyncpg", extra="pgqueuer") from error
 
-__all__ = ["LOST", "REFUSED", "Connection", "Database", "Row", "is_asyncpg"]
+__all__ = ["LOST", "REFUSED", "Connection", "Database", "Row", "end", "is_asyncpg"]
 
 Row: TypeAlias = Mapping[str, Any]
 """One row of an answer, by the names of its columns."""
@@ -72,8 +72,14 @@ def is_asyncpg(connection: object) -> bool:
     return isinstance(connection, asyncpg.Connection | asyncpg.pool.PoolConnectionProxy)
 
 
-_CLOSING = 2.0
+_CLOSING = 1.0
 """Seconds for connections to end as the server likes it."""
+
+
+async def end(connection: Connection) -> None:
+    """End a connection, in time."""
+    with suppress(*LOST):
+        await connection.close(timeout=_CLOSING)
 
 
 class Database:

@@ -10,7 +10,7 @@ from typing import Self
 from pgqueuer.core.tm import TaskManager
 from pgqueuer.ports.driver import NotifyCallback
 
-from .pgqueuer_database import LOST, Connection, Database
+from .pgqueuer_database import LOST, Connection, Database, end
 
 __all__ = ["Listener", "SteadyDriver"]
 
@@ -20,8 +20,6 @@ _QUERY_TIMEOUT = 10.0
 """Seconds after which a connection that does not answer is taken for lost."""
 _STORING = 1.0
 """Seconds in which, at the end, queries are still repeated."""
-_CLOSING = 1.0
-"""Seconds for a connection to end as the server likes it."""
 
 
 class Listener:
@@ -75,8 +73,7 @@ class Listener:
                     pause = _FIRST_PAUSE
                 finally:
                     self._connection = None
-                    with suppress(*LOST):
-                        await connection.close(timeout=_CLOSING)
+                    await end(connection)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 

@@ -157,7 +157,7 @@ class Statements:
             logged AS ({_log(log, "settled", logged)}),
             noted AS (
                 UPDATE {jobs} job SET status = '{status}', finished = clock_timestamp(),
-                    result = $3::text, error_type = $4::text, error = $5::text
+                    deliveries = 0, result = $3::text, error_type = $4::text, error = $5::text
                 FROM settled WHERE job.queue_id = settled.id RETURNING job.id
             )
             SELECT pg_notify('{done}', id) FROM noted"""

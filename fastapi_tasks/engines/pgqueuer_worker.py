@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
 import anyio
 from pgqueuer.core.qm import QueueManager
-from pgqueuer.domain.models import Context, Job, TracebackRecord
-from pgqueuer.domain.types import JOB_STATUS, JobId, QueueEntrypoint, QueueManagerId
-from pgqueuer.ports.repository import EntrypointExecutionParameter
-from pgqueuer.queries import Queries
+from pgqueuer.domain.models import Context, Job
+from pgqueuer.domain.types import JobId
 
 from fastapi_tasks.info import Progress
 from fastapi_tasks.observer import logger
@@ -21,6 +20,7 @@ from fastapi_tasks.observer import logger
 from .execution import Again, Cancelled, Executor, Failed, Interrupted, Outcome, Succeeded
 from .pgqueuer_database import LOST, Database
 from .pgqueuer_driver import Listener, SteadyDriver
+from .pgqueuer_queries import WorkerQueries
 from .pgqueuer_store import ENTRYPOINT, Builders, Statements, interval
 
 __all__ = ["Worker", "WorkerSettings"]
@@ -34,85 +34,18 @@ _ENDING = 2.0
 """Seconds to store what has come of the last jobs."""
 
 
+@dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """How a worker works.
+    """How a worker works."""
 
-    :param concurrency: how many jobs run at once
-    :param heartbeat: after which time without a sign of life a worker is taken for dead
-    :param max_deliveries: how many workers may die of a job
-    :param keep: how long what is over is kept
-    """
-
-    __slots__ = ("concurrency", "heartbeat", "keep", "max_deliveries")
-
-    def __init__(
-        self, *, concurrency: int, heartbeat: timedelta, max_deliveries: int, keep: timedelta
-    ) -> None:
-        self.concurrency = concurrency
-        self.heartbeat = heartbeat
-        self.max_deliveries = max_deliveries
-        self.keep = keep
-
-
-class _WorkerQueries(Queries):
-    """PgQueuer's queries, in which a row belongs to the worker that has claimed it, and no other.
-
-    :param driver: by what queries are made
-    :param builders: what PgQueuer writes its SQL with
-    :param statements: ours
-    :param concurrency: how many jobs the worker may have
-    :param on_gone: is called with jobs that are not the worker's any more
-    """
-
-    def __init__(
-        self,
-        driver: SteadyDriver,
-        builders: Builders,
-        statements: Statements,
-        *,
-        concurrency: int,
-        on_gone: Callable[[Iterable[JobId]], None],
-    ) -> None:
-        super().__init__(driver, builders.qbe, builders.qbq, builders.qbs)
-        self.owner: QueueManagerId | None = None
-        """Whose jobs get heartbeats."""
-        self._statements = statements
-        self._concurrency = concurrency
-        self._on_gone = on_gone
-
-    async def dequeue(
-        self,
-        batch_size: int,
-        entrypoints: dict[QueueEntrypoint, EntrypointExecutionParameter],
-        queue_manager_id: QueueManagerId,
-        global_concurrency_limit: int | None,
-        heartbeat_timeout: timedelta,
-    ) -> list[Job]:
-        """Claim jobs, as many as the worker may have more."""
-        query = self.qbq.build_dequeue_query(
-            batch_size=self._concurrency,
-            entrypoints=list(entrypoints),
-            concurrency_limits=[0] * len(entrypoints),
-            queue_manager_id=queue_manager_id,
-            global_concurrency_limit=self._concurrency,
-            heartbeat_timeout=heartbeat_timeout,
-        )
-        rows = await self.driver.fetch(query.sql, *query.args)
-        # Headers are not ours, and one that could not be read would end the worker.
-        return [Job.model_validate({**row, "headers": None}) for row in rows]
-
-    async def log_jobs(
-        self, job_status: list[tuple[Job, JOB_STATUS, TracebackRecord | None]]
-    ) -> None:
-        """Do nothing: what has come of a job was stored before PgQueuer heard of it.
-
-        What was not, it must not delete either: that job is to run again.
-        """
-
-    async def update_heartbeat(self, job_ids: list[JobId]) -> None:
-        """Say that jobs are still running here, unless they are cancelled, or run elsewhere."""
-        rows = await self.driver.fetch(self._statements.heartbeat, list(set(job_ids)), self.owner)
-        self._on_gone(set(job_ids) - {row["id"] for row in rows})
+    concurrency: int
+    """How many jobs run at once."""
+    heartbeat: timedelta
+    """After which time without a sign of life a worker is taken for dead."""
+    max_deliveries: int
+    """How many workers may die of a job."""
+    keep: timedelta
+    """How long what is over is kept."""
 
 
 class Worker:
@@ -136,7 +69,7 @@ class Worker:
         self._database = database
         self._driver = SteadyDriver(database, listener)
         self._statements = Statements(builders.qbe.settings)
-        self._queries = _WorkerQueries(
+        self._queries = WorkerQueries(
             self._driver,
             builders,
             self._statements,
@@ -194,29 +127,30 @@ class Worker:
                 self._manager = self._new_manager()
 
     async def _work(self, job: Job, context: Context) -> None:
+        try:
+            rows = await self._driver.fetch(self._statements.begin, job.id, job.queue_manager_id)
+            for row in rows:  # there is none if it is cancelled, or another worker has it by now
+                await self._run_begun(str(row["id"]), row["deliveries"], job, context)
+        except LOST:
+            logger.warning("What has come of job %s in the queue could not be stored", job.id)
+
+    async def _run_begun(self, job_id: str, deliveries: object, job: Job, context: Context) -> None:
         manager = self._manager
-        rows = await self._driver.fetch(self._statements.begin, job.id, job.queue_manager_id)
-        if not rows:
-            return  # it is cancelled, or another worker has it by now
-        job_id = str(rows[0]["id"])
-        outcome = self._refusal(job_id, rows[0]["deliveries"])
+        outcome = self._refusal(job_id, deliveries)
         if outcome is None:
             outcome = await self._execute(job_id, job, context)
         if isinstance(outcome, Again | Interrupted):
             # PgQueuer skips what it takes for running, and the row may come back at once.
             manager.job_context.pop(job.id, None)
-        try:
-            await self._store(job, outcome)
-        except LOST:
-            logger.warning("What has come of job %s could not be stored: it runs again", job_id)
+        await self._store(job, outcome)
 
     def _refusal(self, job_id: str, deliveries: object) -> Outcome | None:
-        limit = self._settings.max_deliveries
         assert isinstance(deliveries, int)
-        if deliveries <= limit:
+        if deliveries <= self._settings.max_deliveries:
             return None
-        logger.error("Job %s was refused: %d workers have died of it", job_id, limit)
-        return Failed("TooManyDeliveries", f"{limit} workers have died of it", refused=True)
+        problem = f"no worker has survived it, or kept in touch, in {deliveries - 1} deliveries"
+        logger.error("Job %s has failed: %s", job_id, problem)
+        return Failed("WorkerLostError", problem)
 
     async def _execute(self, job_id: str, job: Job, context: Context) -> Outcome:
         cancelling = asyncio.create_task(self._cancel_with(context.cancellation, job_id))

@@ -43,6 +43,7 @@ def main() -> int:
 
     measured = measure(
         "tests/engines/test_conformance.py",
+        *("-o", "faulthandler_timeout=1200"),  # so many jobs take their time
         environment={"FASTAPI_TASKS_JOBS": JOBS, "FASTAPI_TASKS_REQUIRE_SERVICES": "1"},
     )
     if measured is None:

@@ -10,7 +10,7 @@ from .logs import FORMATS, LEVELS, set_up_logging
 from .signals import StopSignals
 from .worker import CannotStartError, WorkerOptions, run_worker
 
-__all__ = ["main"]
+__all__ = ["command_line", "main"]
 
 _USAGE = 2
 """The exit status of what could not be started, as argparse has it."""
@@ -24,7 +24,7 @@ def main() -> int:
     # Whoever starts processes may stop one before it has imported what it needs.
     stop = StopSignals()
     stop.install()
-    options = _parser().parse_args()
+    options = command_line().parse_args()
     set_up_logging(options.log_level, options.log_format)
     try:
         return run_worker(
@@ -41,7 +41,8 @@ def main() -> int:
         return _USAGE
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """Return what knows the commands and their options."""
     parser = argparse.ArgumentParser(
         prog="fastapi-tasks", description="Background work for FastAPI: its workers"
     )

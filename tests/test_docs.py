@@ -7,6 +7,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from sybil import Example, Sybil
 from sybil.parsers.rest import CaptureParser, CodeBlockParser, PythonCodeBlockParser
 
 import fastapi_tasks
-from fastapi_tasks import testing
+from fastapi_tasks import engines, testing
+from fastapi_tasks.__main__ import command_line
 
 from . import asgi, clocks, diffs
 
@@ -25,8 +27,18 @@ needs_telemetry = pytest.mark.skipif(
     "telemetry" not in inspect.signature(FastAPI).parameters,
     reason="the page is about a newer FastAPI",
 )
+needs_engines = pytest.mark.skipif(
+    not all(map(find_spec, ("asyncpg", "dbos", "docket", "pgqueuer"))),
+    reason="the page is about engines, whose packages are not installed",
+)
+MARKS = {
+    "README": [needs_engines],
+    "engines": [needs_engines],
+    "tracing": [needs_telemetry],
+    "workers": [needs_engines],
+}
 DOCUMENTS = [
-    pytest.param(path, id=path.stem, marks=[needs_telemetry] if path.stem == "tracing" else [])
+    pytest.param(path, id=path.stem, marks=MARKS.get(path.stem, []))
     for path in [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*.rst"))]
 ]
 
@@ -53,7 +65,18 @@ def check_uvicorn(arguments: list[str]) -> None:
     uvicorn.main.make_context("uvicorn", arguments)
 
 
-COMMANDS = {"make": check_make, "pip": check_pip, "uvicorn": check_uvicorn}
+def check_worker(arguments: list[str]) -> None:
+    """The worker knows the options."""
+    assert arguments[:3] == ["-m", "fastapi_tasks", "worker"]
+    command_line().parse_args(arguments[2:])
+
+
+COMMANDS = {
+    "make": check_make,
+    "pip": check_pip,
+    "python": check_worker,
+    "uvicorn": check_uvicorn,
+}
 
 
 def check_console(example: Example) -> None:
@@ -127,5 +150,5 @@ def test_every_public_name_is_described() -> None:
     """The API page has each public name once, and no other."""
     text = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
     directive = r"^\.\. (?:data|auto(?:class|exception|function)):: (\w+)"
-    public = [*fastapi_tasks.__all__, *testing.__all__]
+    public = [*fastapi_tasks.__all__, *engines.__all__, *testing.__all__]
     assert sorted(re.findall(directive, text, re.MULTILINE)) == sorted(public)

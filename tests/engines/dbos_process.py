@@ -76,7 +76,7 @@ def engine_at(url: str, trace: Trace, **settings: Any) -> tuple[DBOSEngine, Jobs
 async def _serve(url: str, folder: Path, settings: dict[str, Any]) -> None:
     engine, _ = engine_at(url, Trace(folder), **settings)
     async with Supervisor(engines=[engine]):
-        print(f"{os.getpid()} works")
+        print(f"{os.getpid()} works")  # noqa: T201 - for the test
         await asyncio.to_thread(sys.stdin.read)
 
 

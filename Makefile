@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lanes servers lint format docs interleavings mutants constraints clean
+.PHONY: help demo test lanes servers bench lint format docs interleavings mutants constraints clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ lane-%: .venv/dev.stamp
 
 servers: .venv/dev.stamp ## Test the servers, and write the table of what each of them keeps
 	@$(BIN)/python scripts/servers.py
+
+bench: ## Compare with the peers, as ratios, and write the table and the plot
+	@$(PYTHON) scripts/bench
 
 lint: .venv/dev.stamp ## Check style, types, imports and the README
 	@scripts/lint

@@ -1,0 +1,3 @@
+"""What ``scripts/bench`` measures, and how."""
+
+from __future__ import annotations

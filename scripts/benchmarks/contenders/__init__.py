@@ -1,0 +1,3 @@
+"""How each contender is used: one module for each way in which a user writes it."""
+
+from __future__ import annotations

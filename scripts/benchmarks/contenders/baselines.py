@@ -1,0 +1,72 @@
+"""What contenders are measured against: FastAPI and the event loop themselves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from fastapi import BackgroundTasks
+
+from .contender import Endpoint, Function
+
+
+async def bare() -> int:
+    """Answer, and no more."""
+    return 1
+
+
+def bare_in_thread() -> int:
+    """Answer in a thread, and no more."""
+    return 1
+
+
+def background(function: Function, count: int) -> Endpoint:
+    """Return an endpoint with ``BackgroundTasks``."""
+
+    async def endpoint(background: BackgroundTasks) -> int:
+        for number in range(count):
+            background.add_task(function, number)
+        return 1
+
+    return endpoint
+
+
+class RawTasks:
+    """``asyncio.create_task`` with what it takes for a task not to be lost."""
+
+    def __init__(self) -> None:
+        self.live: set[asyncio.Task[Any]] = set()
+
+    def endpoint(self, function: Callable[[int], Coroutine[Any, Any, Any]], count: int) -> Endpoint:
+        """Return an endpoint that makes tasks."""
+
+        async def endpoint() -> int:
+            for number in range(count):
+                task = asyncio.create_task(function(number))
+                self.live.add(task)
+                task.add_done_callback(self.live.discard)
+            return 1
+
+        return endpoint
+
+    async def cancel(self) -> None:
+        """Cancel the tasks that are live, and wait for their ends."""
+        tasks = list(self.live)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def raw_threads(function: Function, count: int) -> Endpoint:
+    """Return an endpoint that waits for calls in threads."""
+
+    async def endpoint() -> int:
+        async with anyio.create_task_group() as group:
+            for number in range(count):
+                group.start_soon(anyio.to_thread.run_sync, function, number)
+        return 1
+
+    return endpoint

@@ -1,0 +1,50 @@
+"""fastapi-taskflow, in memory and without its dashboard: as cheap as it can be had."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from fastapi import Depends, FastAPI
+from fastapi_taskflow import TaskManager
+
+from .contender import Contender, Endpoint, Function
+
+NO_DRAIN = "Its eager tasks are no part of its shutdown, and its other ones belong to a response."
+
+
+class Taskflow(Contender):
+    """fastapi-taskflow: ``add_task``, and ``eager=True`` where tasks start at once.
+
+    It is injected by a dependency: what puts it in the place of ``BackgroundTasks`` does so in
+    the whole process, and would reach those that it is compared with.
+    """
+
+    not_comparable: ClassVar[dict[str, str]] = {
+        "route": "It has no route class.",
+        "after_route": "It has no such moment.",
+        "shielded": "It shields nothing.",
+        "configured": "It has no such configuration for each call.",
+        "drain": NO_DRAIN,
+    }
+
+    def __init__(self) -> None:
+        self._manager = TaskManager()
+
+    def install(self, app: FastAPI) -> None:
+        """Tie a manager to the app's lifespan."""
+        # A new one each time, since it keeps a record of every task.
+        self._manager = TaskManager()
+        self._manager.init_app(app)
+
+    def endpoint(self, how: str, function: Function, count: int) -> Endpoint:
+        """Return an endpoint as a user writes it."""
+        manager = self._manager
+
+        eager = how == "now"
+
+        async def endpoint(tasks: Any = Depends(manager.get_tasks)) -> int:  # noqa: B008
+            for number in range(count):
+                tasks.add_task(function, number, eager=eager)
+            return 1
+
+        return endpoint

@@ -1,0 +1,313 @@
+"""What is timed together in a round: the sides of one or more figures, by the group's name."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+import tracemalloc
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, fields
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from .client import PATH, Client, serving
+from .clock import Side, interleaved, production_gc
+from .contenders.baselines import RawTasks, background, bare, bare_in_thread, raw_threads
+from .contenders.contender import Contender, Endpoint
+from .work import Work
+
+Values = dict[str, float]
+"""By side: seconds, or bytes."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much there is to do in a round."""
+
+    requests: int = 20
+    """Requests of a side in a slice."""
+    slices: int = 10
+    """How often each side of short ones comes in a round."""
+    tasks: int = 10_000
+    few_live: int = 1_000
+    many_live: int = 100_000
+    threads: int = 1_000
+    waits: int = 1_000
+
+    def scaled(self, factor: float) -> Size:
+        """Return a smaller size, of which the figures are no more than plausible."""
+        return Size(*(max(2, int(getattr(self, each.name) * factor)) for each in fields(self)))
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round is given."""
+
+    contender: Contender
+    size: Size
+    dice: random.Random
+
+    def client(
+        self,
+        endpoint: Endpoint | Callable[[], Endpoint],
+        *,
+        installed: bool = True,
+        route_class: type[APIRoute] | None = None,
+    ) -> Client:
+        """Return a client of an app with one route.
+
+        :param installed: whether the contender is there too
+        """
+        app = FastAPI()
+        if installed:
+            self.contender.install(app)
+        app.router.add_api_route(PATH, endpoint, methods=["GET"], route_class_override=route_class)
+        return Client(app)
+
+    def scheduling(self, how: str, function: Callable[[int], object], count: int) -> Client:
+        """Return a client of an app of the contender's, whose endpoint schedules tasks."""
+        app = FastAPI()
+        self.contender.install(app)
+        app.get(PATH)(self.contender.endpoint(how, function, count))
+        return Client(app)
+
+
+async def _send(client: Client, count: int, work: Work | None = None) -> None:
+    """Send requests one after the other; the loop comes round between two, as in a server."""
+    for _ in range(count):
+        if work is not None:
+            work.expected += 1
+        await client.request()
+        await asyncio.sleep(0)
+    if work is not None:
+        await work.finish()
+
+
+async def routes(given: Round) -> Values:
+    """Time requests that have no tasks."""
+    contender, size = given.contender, given.size
+    clients = {
+        "without": given.client(bare, installed=False),
+        "plain": given.client(bare, route_class=APIRoute),
+        "plain_again": given.client(bare, route_class=APIRoute),
+    }
+    if contender.route_class is not None:
+        clients["route"] = given.client(bare, route_class=contender.route_class)
+
+    def side(client: Client) -> Side:
+        return lambda: _send(client, size.requests)
+
+    async with serving(*clients.values()):
+        sides = {name: side(client) for name, client in clients.items()}
+        for each in sides.values():
+            await each()
+        return await interleaved(sides, size.slices, given.dice)
+
+
+async def requests(given: Round) -> Values:
+    """Time requests that have one task."""
+    size, work = given.size, Work(0)
+    clients = {
+        name: given.client(background(work.work, 1), installed=False)
+        for name in ("background", "background_again")
+    }
+    for how in ("now", "after_route", "after_response"):
+        if given.contender.has(how):
+            clients[how] = given.scheduling(how, work.work, 1)
+
+    def side(client: Client) -> Side:
+        return lambda: _send(client, size.requests, work)
+
+    async with serving(*clients.values()):
+        sides = {name: side(client) for name, client in clients.items()}
+        for each in sides.values():
+            await each()
+        return await interleaved(sides, size.slices, given.dice)
+
+
+async def flood(given: Round) -> Values:
+    """Time requests that have very many tasks."""
+    count = given.size.tasks
+
+    def side(client: Client, work: Work) -> Side:
+        async def run() -> None:
+            await client.request()
+            await work.finish()
+
+        return run
+
+    works: dict[str, Work] = {"raw": Work(count)}
+    clients = {"raw": given.client(RawTasks().endpoint(works["raw"].work, count), installed=False)}
+    for how in ("now", "shielded", "configured"):
+        if given.contender.has(how):
+            works[how] = Work(count)
+            clients[how] = given.scheduling(how, works[how].work, count)
+    async with serving(*clients.values()):
+        sides = {name: side(client, works[name]) for name, client in clients.items()}
+        times = await interleaved(sides, 1, given.dice)
+    return {"flood" if name == "now" else name: value for name, value in times.items()}
+
+
+async def memory(given: Round) -> Values:
+    """Count the bytes of live tasks, as the memory allocator was asked for them."""
+    count = given.size.tasks
+    values: Values = {}
+    names = ["live", "raw"]
+    given.dice.shuffle(names)
+    for name in names:
+        work = Work(count)
+        tasks = RawTasks()
+        client = (
+            given.client(tasks.endpoint(work.wait, count), installed=False)
+            if name == "raw"
+            else given.scheduling("now", work.wait, count)
+        )
+        async with serving(client):
+            tracemalloc.start()
+            try:
+                before = tracemalloc.get_traced_memory()[0]
+                await client.request()
+                await work.finish()
+                values[name] = (tracemalloc.get_traced_memory()[0] - before) / count
+            finally:
+                tracemalloc.stop()
+            await work.let_go()
+    return values
+
+
+async def growth(given: Round) -> Values:
+    """Time a task, from its scheduling to its end, while few and while many others are live."""
+    size = given.size
+    times: Values = {}
+    for live, name in ((size.few_live, "few"), (size.many_live, "many")):
+        repetitions = max(1, min(10, size.many_live // live // 10))
+        for _ in range(repetitions):
+            for side, value in (await _live(given, live)).items():
+                times[f"{side}_{name}"] = times.get(f"{side}_{name}", 0.0) + value / (
+                    live * repetitions
+                )
+    return {
+        "growth": times["ours_many"] / times["ours_few"],
+        "raw_growth": times["raw_many"] / times["raw_few"],
+    }
+
+
+async def _live(given: Round, count: int) -> Values:
+    works = {"raw": Work(count), "ours": Work(count)}
+    clients = {
+        "raw": given.client(RawTasks().endpoint(works["raw"].wait, count), installed=False),
+        "ours": given.scheduling("now", works["ours"].wait, count),
+    }
+
+    def side(client: Client, work: Work) -> Side:
+        async def run() -> None:
+            await client.request()
+            await work.finish()
+            await work.let_go()
+
+        return run
+
+    async with serving(*clients.values()):
+        sides = {name: side(client, works[name]) for name, client in clients.items()}
+        return await interleaved(sides, 1, given.dice)
+
+
+async def drain(given: Round) -> Values:
+    """Time the end of many tasks that wait."""
+    if not given.contender.has("drain"):
+        return {}
+    count = given.size.tasks
+    works = {"raw": Work(count), "drain": Work(count)}
+    raw = RawTasks()
+    clients = {
+        "raw": given.client(raw.endpoint(works["raw"].wait, count), installed=False),
+        "drain": given.scheduling("now", works["drain"].wait, count),
+    }
+    async with serving(*clients.values()):
+        for name, client in clients.items():
+            await client.request()
+            await works[name].finish()
+
+        async def gather() -> None:
+            await raw.cancel()
+            await clients["raw"].shut_down()
+
+        return await interleaved(
+            {"raw": gather, "drain": clients["drain"].shut_down}, 1, given.dice
+        )
+
+
+async def threads(given: Round) -> Values:
+    """Time calls in threads."""
+    count = given.size.threads
+    works: dict[str, Work] = {}
+
+    def side(name: str) -> tuple[Client, Side]:
+        work = works[name] = Work(count)
+        client = (
+            given.client(raw_threads(work.work_in_thread, count), installed=False)
+            if name.startswith("raw")
+            else given.scheduling("now", work.work_in_thread, count)
+        )
+
+        async def run() -> None:
+            await client.request()
+            await work.finish_in_threads()
+
+        return client, run
+
+    names = ["raw_threads", "threads", "raw_warm", "warm"]
+    made = {name: side(name) for name in names}
+    async with serving(*(client for client, _ in made.values())):
+        # The first calls start the threads.
+        for name in names[2:]:
+            await made[name][1]()
+        return await interleaved({name: made[name][1] for name in names[:2]}, 1, given.dice)
+
+
+async def latency(given: Round) -> Values:
+    """Take the 99th percentile of a sync endpoint's time on the wall, with tasks and without."""
+    count = given.size.waits
+    work = Work(count)
+    client = given.scheduling("now", work.block, count)
+    quiet = given.client(bare_in_thread)
+
+    async def send_until(is_over: Callable[[], bool]) -> float:
+        taken: list[float] = []
+        while len(taken) < 2 or not is_over():
+            start = time.perf_counter()
+            await quiet.request()
+            taken.append(time.perf_counter() - start)
+        return statistics.quantiles(taken, n=100, method="inclusive")[-1]
+
+    async with serving(client, quiet):
+        for _ in range(20):
+            await quiet.request()
+
+        async def busy() -> float:
+            start = time.perf_counter()
+            await client.request()
+            value = await send_until(lambda: work.is_done)
+            await work.finish_in_threads()
+            durations.append(time.perf_counter() - start)
+            return value
+
+        async def calm() -> float:
+            end = time.perf_counter() + (durations[0] if durations else given.size.waits / 1000)
+            return await send_until(lambda: time.perf_counter() > end)
+
+        durations: list[float] = []
+        sides = {"busy": busy, "calm": calm}
+        names = list(sides)
+        given.dice.shuffle(names)
+        with production_gc():
+            return {name: await sides[name]() for name in names}
+
+
+GROUPS: Mapping[str, Callable[[Round], Awaitable[Values]]] = {
+    each.__name__: each
+    for each in (routes, requests, flood, memory, growth, drain, threads, latency)
+}

@@ -235,9 +235,11 @@ async def drain(given: Round) -> Values:
             await raw.cancel()
             await clients["raw"].shut_down()
 
-        return await interleaved(
-            {"raw": gather, "drain": clients["drain"].shut_down}, 1, given.dice
-        )
+        sides = {"raw": gather, "drain": clients["drain"].shut_down}
+        times = await interleaved(sides, 1, given.dice)
+        for work in works.values():
+            work.check_cancelled()
+        return times
 
 
 async def threads(given: Round) -> Values:

@@ -20,10 +20,10 @@ TURNS_OF_ENDS = 3
 
 
 class TasksDidNotRunError(Exception):
-    """A side's tasks have not all run, so that its time says nothing."""
+    """A side's tasks have not done what they should, so that its time says nothing."""
 
-    def __init__(self, ran: int, expected: int) -> None:
-        super().__init__(f"{ran} of {expected} tasks have run")
+    def __init__(self, ran: int, expected: int, what: str = "have run") -> None:
+        super().__init__(f"{ran} of {expected} tasks {what}")
 
 
 class Work:
@@ -111,6 +111,15 @@ class Work:
             future.set_result(None)
         for _ in range(TURNS_OF_ENDS):
             await asyncio.sleep(0)
+
+    def check_cancelled(self) -> None:
+        """Do nothing if every task that waited was cancelled.
+
+        :raises TasksDidNotRunError: it was not
+        """
+        cancelled = sum(future.cancelled() for future in self._waiting)
+        if cancelled != self.expected:
+            raise TasksDidNotRunError(cancelled, self.expected, "were cancelled")
 
     async def finish_in_threads(self) -> None:
         """Do the same for tasks in threads, without keeping the event loop busy.

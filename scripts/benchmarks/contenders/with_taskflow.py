@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from fastapi import Depends, FastAPI
 from fastapi_taskflow import TaskManager
 
+from .baselines import background
 from .contender import Contender, Endpoint, Function
 
 NO_DRAIN = "Its eager tasks are no part of its shutdown, and its other ones belong to a response."
@@ -48,3 +49,16 @@ class Taskflow(Contender):
             return 1
 
         return endpoint
+
+
+class TaskflowInPlace(Taskflow):
+    """fastapi-taskflow in the place of ``BackgroundTasks``, as it is meant to be used."""
+
+    def install(self, app: FastAPI) -> None:
+        """Do so in the whole process."""
+        super().install(app)
+        self._manager.install(app)
+
+    def endpoint(self, how: str, function: Function, count: int) -> Endpoint:
+        """Return an endpoint as a user has it already."""
+        return background(function, count)

@@ -9,8 +9,8 @@ from xml.sax.saxutils import escape
 from .figures import Figure, Rounds, result
 from .table import number
 
-WIDTH = 860
-LEFT = 330
+WIDTH = 900
+LEFT = 400
 RIGHT = 70
 TOP = 64
 BAR = 13
@@ -67,9 +67,11 @@ def plot(
                 f'<rect x="{start}" y="{top}" width="{max(end - start, 1.5):.1f}" '
                 f'height="{BAR - 2}" fill="{colours[name]}"/>'
             )
+            if line == 0:
+                target = x(figure.target or 1)
+                marks.append(_line(target, y - 3, y + BAR + 1, "target"))
+                end = max(end, target)
             marks.append(_text(end + 5, top + 10, number(spread.median, figure)))
-        assert figure.target is not None
-        marks.append(_line(x(figure.target), y - 3, y + height + 1, "target"))
         y += height + GAP
     axis = []
     for tick in TICKS:

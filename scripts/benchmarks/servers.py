@@ -18,7 +18,7 @@ from .table import Table
 
 SECONDS = 3
 CONNECTIONS = 16
-ROUNDS = 7
+ROUNDS = 5
 QUICK_ROUNDS = 2
 PATIENCE = 30.0
 MISSING = (

@@ -50,13 +50,14 @@ def comparison(
     figures: Sequence[Figure],
     measured: Mapping[str, Rounds],
     titles: Mapping[str, str],
-    reasons: Mapping[str, Mapping[str, str]],
+    remarks: Mapping[str, Mapping[str, str]],
 ) -> Table:
     """Return the table of figures.
 
     :param measured: what the rounds have measured, by contender, the first of which is us
     :param titles: what the contenders are called
-    :param reasons: by contender and side: why there is nothing to compare
+    :param remarks: by contender and side: what is to be known of the comparison, or why there is
+        none
     """
     table = Table(["", "target", *(titles[name] for name in measured), "met"])
     ours = next(iter(measured.values()))
@@ -64,12 +65,9 @@ def comparison(
         limit, mine = target(figure, ours), result(figure, ours)
         cells = [figure.text, "" if limit is None else f"≤ {number(limit, figure)}"]
         for name, rounds in measured.items():
-            spread = result(figure, rounds)
-            if spread is not None:
-                cells.append(cell(spread, figure))
-            else:
-                reason = reasons[name].get(figure.over)
-                cells.append(f"n/a {table.note(reason)}" if reason else "n/a")
+            spread, remark = result(figure, rounds), remarks[name].get(figure.over)
+            text = "n/a" if spread is None else cell(spread, figure)
+            cells.append(f"{text} {table.note(remark)}" if remark else text)
         met = limit is not None and mine is not None and mine.median <= limit
         table.rows.append([*cells, "" if limit is None else "yes" if met else "no"])
     return table

@@ -61,6 +61,7 @@ def main(name: str, distribution: str) -> None:
         "python": platform.python_version(),
         "versions": versions,
         "not_comparable": contender.not_comparable,
+        "remarks": contender.remarks,
     }
     print(json.dumps(hello), flush=True)
     for line in sys.stdin:

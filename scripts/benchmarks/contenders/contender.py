@@ -22,6 +22,9 @@ class Contender(ABC):
     not_comparable: ClassVar[dict[str, str]] = {}
     """By side: why the contender has nothing to compare there."""
 
+    remarks: ClassVar[dict[str, str]] = {}
+    """By side: what is to be known of what it is compared with there."""
+
     def has(self, side: str) -> bool:
         """Return whether a side can be measured."""
         return side not in self.not_comparable

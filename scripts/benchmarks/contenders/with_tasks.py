@@ -60,3 +60,6 @@ class Released(Ours):
 
     route_class: ClassVar[type[APIRoute] | None] = None
     not_comparable: ClassVar[dict[str, str]] = {"route": "It has no route class."}
+    remarks: ClassVar[dict[str, str]] = {
+        "busy": "Its sync tasks take their threads from those that sync endpoints need.",
+    }

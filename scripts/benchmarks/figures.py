@@ -80,6 +80,7 @@ FIGURES = [
         "p99 beside 1,000 blocking sync tasks ÷ alone (wall clock)",
         1.5,
     ),
+    Figure("latency", "raw_busy", "calm", "p99 beside 1,000 such to_thread.run_sync ÷ alone"),
     Figure(IMPORT, "import", "", "Import, after FastAPI's (wall clock)", 15.0, unit=" ms"),
 ]
 

@@ -273,9 +273,14 @@ async def threads(given: Round) -> Values:
 async def latency(given: Round) -> Values:
     """Take the 99th percentile of a sync endpoint's time on the wall, with tasks and without."""
     count = given.size.waits
-    work = Work(count)
-    client = given.scheduling("now", work.block, count)
+    works = {"busy": Work(count), "raw_busy": Work(count)}
+    raw = raw_threads(works["raw_busy"].block, count, own_limiter=True)
+    clients = {
+        "busy": given.scheduling("now", works["busy"].block, count),
+        "raw_busy": given.client(raw),
+    }
     quiet = given.client(bare_in_thread)
+    durations: list[float] = []
 
     async def send_until(is_over: Callable[[], bool]) -> float:
         taken: list[float] = []
@@ -285,28 +290,30 @@ async def latency(given: Round) -> Values:
             taken.append(time.perf_counter() - start)
         return statistics.quantiles(taken, n=100, method="inclusive")[-1]
 
-    async with serving(client, quiet):
+    async def beside(name: str) -> float:
+        start = time.perf_counter()
+        request = asyncio.create_task(clients[name].request())
+        await asyncio.sleep(0)
+        value = await send_until(lambda: works[name].is_done)
+        durations.append(time.perf_counter() - start)
+        await request
+        await works[name].finish_in_threads()
+        return value
+
+    async def alone() -> float:
+        end = time.perf_counter() + durations[0]
+        return await send_until(lambda: time.perf_counter() > end)
+
+    async with serving(*clients.values(), quiet):
         for _ in range(20):
             await quiet.request()
-
-        async def busy() -> float:
-            start = time.perf_counter()
-            await client.request()
-            value = await send_until(lambda: work.is_done)
-            await work.finish_in_threads()
-            durations.append(time.perf_counter() - start)
-            return value
-
-        async def calm() -> float:
-            end = time.perf_counter() + (durations[0] if durations else given.size.waits / 1000)
-            return await send_until(lambda: time.perf_counter() > end)
-
-        durations: list[float] = []
-        sides = {"busy": busy, "calm": calm}
-        names = list(sides)
+        names = list(works)
         given.dice.shuffle(names)
         with production_gc():
-            return {name: await sides[name]() for name in names}
+            values = {names[0]: await beside(names[0])}
+            values["calm"] = await alone()  # in between, for as long
+            values[names[1]] = await beside(names[1])
+        return values
 
 
 GROUPS: Mapping[str, Callable[[Round], Awaitable[Values]]] = {

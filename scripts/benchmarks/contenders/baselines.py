@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -60,13 +61,19 @@ class RawTasks:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def raw_threads(function: Function, count: int) -> Endpoint:
-    """Return an endpoint that waits for calls in threads."""
+def raw_threads(function: Function, count: int, *, own_limiter: bool = False) -> Endpoint:
+    """Return an endpoint that waits for calls in threads.
+
+    :param own_limiter: whether they have 40 threads to themselves, and do not share those of sync
+        endpoints
+    """
 
     async def endpoint() -> int:
+        limiter = anyio.CapacityLimiter(40) if own_limiter else None
+        run_sync = functools.partial(anyio.to_thread.run_sync, limiter=limiter)
         async with anyio.create_task_group() as group:
             for number in range(count):
-                group.start_soon(anyio.to_thread.run_sync, function, number)
+                group.start_soon(run_sync, function, number)
         return 1
 
     return endpoint

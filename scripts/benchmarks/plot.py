@@ -18,15 +18,12 @@ GAP = 14
 TICKS = (1, 2, 5, 10, 20, 50)
 COLOURS = ("#0a7d74", "#c77d1e", "#8a63b8")
 """Those of the contenders, readable on white and on black."""
+# An image does not know whether the page around it is light or dark: these can be read on both.
 STYLE = """\
-  text { font: 12px system-ui, sans-serif; fill: #24292f }
+  text { font: 12px system-ui, sans-serif; fill: #717a84 }
   .axis { stroke: #8b949e; stroke-opacity: .45 }
   .one { stroke: #8b949e }
-  .target { stroke: #d1242f; stroke-width: 2 }
-  @media (prefers-color-scheme: dark) {
-    text { fill: #e6edf3 }
-    .target { stroke: #ff7b72 }
-  }"""
+  .target { stroke: #e5534b; stroke-width: 2 }"""
 
 
 def plot(

@@ -62,9 +62,9 @@ class Environment:
         """Make the environment, unless it is there and as it should be."""
         packages = [*PEERS[self.name]["packages"], *SERVER]
         pinned = CONSTRAINTS.read_text(encoding="utf-8")
-        made_for = "\n".join(
-            [platform.python_version(), *packages, pinned, PROJECT.read_text(encoding="utf-8")]
-        )
+        made_for = "\n".join([platform.python_version(), *packages, pinned])
+        if self.name == US:
+            made_for += PROJECT.read_text(encoding="utf-8")
         stamp = FOLDER / self.name / "made-for"
         if stamp.is_file() and stamp.read_text(encoding="utf-8") == made_for:
             return

@@ -3,76 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import statistics
 import time
 import tracemalloc
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, fields
 
-from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from .client import PATH, Client, serving
+from .client import Client, serving
 from .clock import Side, interleaved, production_gc
 from .contenders.baselines import RawTasks, background, bare, bare_in_thread, raw_threads
-from .contenders.contender import Contender, Endpoint
+from .rounds import Round
 from .work import Work
 
 Values = dict[str, float]
 """By side: seconds, or bytes."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much there is to do in a round."""
-
-    requests: int = 20
-    """Requests of a side in a slice."""
-    slices: int = 10
-    """How often each side of short ones comes in a round."""
-    tasks: int = 10_000
-    few_live: int = 1_000
-    many_live: int = 100_000
-    threads: int = 1_000
-    waits: int = 1_000
-
-    def scaled(self, factor: float) -> Size:
-        """Return a smaller size, of which the figures are no more than plausible."""
-        return Size(*(max(2, int(getattr(self, each.name) * factor)) for each in fields(self)))
-
-
-@dataclass(frozen=True)
-class Round:
-    """What a round is given."""
-
-    contender: Contender
-    size: Size
-    dice: random.Random
-
-    def client(
-        self,
-        endpoint: Endpoint | Callable[[], Endpoint],
-        *,
-        installed: bool = True,
-        route_class: type[APIRoute] | None = None,
-    ) -> Client:
-        """Return a client of an app with one route.
-
-        :param installed: whether the contender is there too
-        """
-        app = FastAPI()
-        if installed:
-            self.contender.install(app)
-        app.router.add_api_route(PATH, endpoint, methods=["GET"], route_class_override=route_class)
-        return Client(app)
-
-    def scheduling(self, how: str, function: Callable[[int], object], count: int) -> Client:
-        """Return a client of an app of the contender's, whose endpoint schedules tasks."""
-        app = FastAPI()
-        self.contender.install(app)
-        app.get(PATH)(self.contender.endpoint(how, function, count))
-        return Client(app)
 
 
 async def _send(client: Client, count: int, work: Work | None = None) -> None:

@@ -15,7 +15,7 @@ RIGHT = 70
 TOP = 64
 BAR = 13
 GAP = 14
-TICKS = (1, 2, 5, 10, 20, 50)
+TICKS = (1, 2, 5, 10, 20, 50, 100, 200)
 COLOURS = ("#0a7d74", "#c77d1e", "#8a63b8")
 """Those of the contenders, readable on white and on black."""
 # An image does not know whether the page around it is light or dark: these can be read on both.

@@ -17,7 +17,8 @@ from importlib.metadata import version
 from typing import Any
 
 from .contenders.contender import Contender
-from .groups import GROUPS, Round, Size
+from .groups import GROUPS
+from .rounds import Round, Size
 
 SHOWN = ("fastapi", "starlette", "anyio", "pydantic")
 

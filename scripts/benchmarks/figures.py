@@ -88,7 +88,7 @@ ROUNDS = {
     "routes": 40,
     "requests": 40,
     "flood": 12,
-    "memory": 3,
+    "memory": 1,
     "growth": 3,
     "drain": 10,
     "threads": 16,

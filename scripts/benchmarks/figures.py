@@ -89,13 +89,16 @@ ROUNDS = {
     "requests": 40,
     "flood": 12,
     "memory": 1,
-    "growth": 3,
+    "growth": 5,
     "drain": 10,
     "threads": 16,
     "latency": 8,
     IMPORT: 25,
 }
 """How many rounds there are of each group."""
+
+OF_PEERS = {"growth": 1}
+"""How many rounds of a group the peers have, at most, that take minutes for one."""
 
 QUICK = {
     "routes": 12,

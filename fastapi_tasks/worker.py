@@ -92,8 +92,9 @@ class _Worker:
         """Run jobs until the signal comes, and return the exit status."""
         self._stop.listen()
         stopping = asyncio.ensure_future(self._stop.wait())
-        if not await self._start(stopping):
-            return 0
+        return await self._work(stopping) if await self._start(stopping) else 0
+
+    async def _work(self, stopping: asyncio.Future[None]) -> int:
         executor = self._engine.executor
         assert executor is not None
         await stopping

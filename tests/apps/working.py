@@ -52,8 +52,7 @@ async def broken() -> AsyncGenerator[None, None]:
 async def endless() -> AsyncGenerator[None, None]:
     """Be a resource that is never open."""
     print("opening", flush=True)
-    await anyio.sleep_forever()
-    yield
+    yield await anyio.sleep_forever()
 
 
 unreachable = MemoryEngine(lifespan=unavailable)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import cast
@@ -352,12 +353,15 @@ def test_observers_are_told_of_the_jobs() -> None:
 
 def test_the_log_can_be_read_by_machines() -> None:
     """A line of JSON for each record, with the task's name, id and attempt, and its error."""
-    with worker("engine", "--log-format", "json", "--log-level", "error", jobs="bad") as running:
-        line = json.loads(running.log.wait_for("{.*}")[0])
+    with worker("engine", "--log-format", "json", "--log-level", "info", jobs="bad") as running:
+        line = json.loads(running.log.wait_for("{.*exception.*}")[0])
         running.process.terminate()
         assert running.status() == 0
-        assert len(running.log.all()) == 1
+        first, *_ = map(json.loads, running.log.all())
 
+    assert first.keys() == {"time", "level", "logger", "message"}
+    assert datetime.fromisoformat(first["time"]).tzinfo is UTC
+    assert first["level"] == "info"
     assert line.keys() == {
         *("time", "level", "logger", "message", "task_name", "task_id", "task_attempt"),
         "exception",

@@ -31,6 +31,8 @@ _RECONNECT_AFTER = timedelta(seconds=1)
 _RESTART_AFTER = 1.0
 """Seconds before a worker that has ended begins again; twice as many each time."""
 _RESTART_WITHIN = 30.0
+_CANCEL_AGAIN_AFTER = 0.5
+"""Seconds between two tries to end docket's worker: it asks Redis for more as it ends."""
 _STORE_AGAIN_AFTER = 0.5
 """Seconds between two tries to store what has become of a job."""
 _FORGOTTEN_AFTER = timedelta(hours=1) / timedelta(milliseconds=1)
@@ -62,7 +64,7 @@ class DocketWorker:
         self._redelivery_timeout = redelivery_timeout
         self._patience = patience
         self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._messages: set[bytes] = set()
+        self._jobs: dict[bytes, asyncio.Task[None]] = {}
         self._running: asyncio.Task[None] | None = None
 
     @asynccontextmanager
@@ -76,17 +78,20 @@ class DocketWorker:
         finally:
             self.pause()
             await self._end(serving)
-            renewing.cancel()
-            await asyncio.wait([renewing])
+            # docket may have left them to themselves.
+            left = [renewing, *self._jobs.values()]
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left, timeout=self._patience)
 
     async def _end(self, serving: asyncio.Task[None]) -> None:
         """Wait until all was stored, but not for ever."""
         done, _ = await asyncio.wait([serving], timeout=self._patience)
         while not done:
-            logger.warning("What has become of %d jobs cannot be stored", len(self._messages))
+            logger.warning("What has become of %d jobs cannot be stored", len(self._jobs))
             running = self._running
             (serving if running is None or running.done() else running).cancel()
-            done, _ = await asyncio.wait([serving], timeout=self._patience)
+            done, _ = await asyncio.wait([serving], timeout=_CANCEL_AGAIN_AFTER)
 
     def pause(self) -> None:
         """Take no more jobs."""
@@ -135,7 +140,7 @@ class DocketWorker:
         message_id = execution.message_id
         assert message_id is not None
         work = asyncio.create_task(self._attempt(execution, text, is_cancelled=is_cancelled))
-        self._messages.add(message_id)
+        self._jobs[message_id] = work
         try:
             while not work.done():
                 try:
@@ -147,7 +152,7 @@ class DocketWorker:
             work.result()
         finally:
             work.cancel()
-            self._messages.discard(message_id)
+            self._jobs.pop(message_id, None)
 
     async def _begin(self, execution: Execution) -> bool:
         """Note that an attempt begins; return whether it is not to, as somebody has cancelled."""
@@ -253,7 +258,7 @@ class DocketWorker:
         """
         while True:
             await asyncio.sleep(self._redelivery_timeout / 4)
-            if self._messages:
+            if self._jobs:
                 try:
                     async with self._docket.redis() as redis:
                         await redis.xclaim(
@@ -261,7 +266,7 @@ class DocketWorker:
                             self._docket.worker_group_name,
                             self._name,
                             min_idle_time=0,
-                            message_ids=list(self._messages),
+                            message_ids=list(self._jobs),
                             idle=0,
                             justid=True,
                         )

@@ -33,6 +33,7 @@ from fastapi_tasks.engines.messages import Message
 from tests.clocks import Backend
 from tests.servers import ROOT
 
+from .functions import fresh
 from .services import PATIENCE, Proxy, postgresql_database, unique_name
 
 engines = pytest.importorskip("fastapi_tasks.engines.pgqueuer", exc_type=ImportError)
@@ -501,16 +502,24 @@ def test_an_address_is_checked(dsn: Any) -> None:
 
 def test_a_missing_package_is_named() -> None:
     """And the line that installs it."""
-    for missing in ("pgqueuer", "asyncpg"):
-        code = (
-            f"import sys; sys.modules[{missing!r}] = None\n"
-            "from fastapi_tasks.engines import PgQueuerEngine"
-        )
-        ran = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert f"needs {missing}, which is not installed" in ran.stderr
-        assert "pip install 'fastapi-tasks[pgqueuer]'" in ran.stderr
+    code = (
+        "import sys\n"
+        "for missing in ('asyncpg', 'pgqueuer'):\n"
+        "    sys.modules[missing] = None\n"
+        "    try:\n"
+        "        from fastapi_tasks.engines import PgQueuerEngine\n"
+        "    except ImportError as error:\n"
+        "        print(error)\n"
+        "    del sys.modules[missing]\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    asyncpg_missing, pgqueuer_missing = ran.stdout.splitlines()
+    assert "needs asyncpg, which is not installed" in asyncpg_missing
+    assert "needs pgqueuer, which is not installed" in pgqueuer_missing
+    for message in (asyncpg_missing, pgqueuer_missing):
+        assert message.endswith("pip install 'fastapi-tasks[pgqueuer]'")
 
 
 # What is stored
@@ -909,8 +918,7 @@ async def test_connections_that_are_lost_under_load(dsn: str, make: Make) -> Non
         progressed.set()
         return number
 
-    @app.task(name="work")
-    async def work_elsewhere(number: int) -> int: ...
+    work_elsewhere = app.task(name="work")(fresh(work))
 
     async with started(app):
         jobs = [await app.enqueue(work_elsewhere, number) for number in range(count)]
@@ -997,6 +1005,18 @@ async def test_a_worker_stops_without_its_server(
     assert held.was_cut_off.is_set()
     assert info.status is TaskStatus.RUNNING
     assert "in the queue could not be stored" in caplog.text
+
+
+async def test_an_app_stops_when_nobody_answers(proxy: Proxy, through: Make) -> None:
+    """It ends the connections that would not end."""
+    app = through()
+    double = register_double(app)
+    supervisor = Supervisor(engines=[app])
+    await supervisor.start()
+    await app.enqueue(double, 1)
+    with proxy.silent(), anyio.fail_after(SOON):
+        await supervisor.drain()
+    assert not app.is_started
 
 
 async def test_a_worker_begins_again_when_it_has_stopped(

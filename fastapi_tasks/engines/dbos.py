@@ -21,7 +21,7 @@ from .messages import Message
 try:
     from .dbos_address import Address
     from .dbos_guards import guarded
-    from .dbos_records import is_over, noted_start, record_of
+    from .dbos_records import is_over, record_of
     from .dbos_store import Store
     from .dbos_waiting import Waiters
     from .dbos_worker import Worker
@@ -205,10 +205,8 @@ class DBOSEngine(EngineAdapter):
         row = await store.row(job_id)
         if row is None or is_over(row):
             return False
-        # First what tells it from one that was cut off, in case that it is both; then the row: else
-        # the job would run again.
-        await store.note(job_id, **noted_start(row), begun=record_of(row).info.attempt)
-        await store.cancel(job_id)
+        # First the row: else the job could be handed out again meanwhile.
+        await store.cancel(row)
         if self.executor is not None:
             self.executor.cancel(job_id)
         row = await store.row(job_id)

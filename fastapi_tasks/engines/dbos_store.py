@@ -28,7 +28,7 @@ from fastapi_tasks.errors import EngineUnavailableError
 from fastapi_tasks.info import Progress
 
 from .dbos_address import Address, sqlite_engine, turn_on_wal
-from .dbos_records import OVER, notes_of
+from .dbos_records import OVER, noted_start, notes_of, record_of
 from .messages import Message
 
 __all__ = ["WORKFLOW", "Store"]
@@ -135,8 +135,11 @@ class Store:
         """Write how far a job has come."""
         await self.note(job_id, progress=progress.model_dump(mode="json"))
 
-    async def cancel(self, job_id: str) -> None:
+    async def cancel(self, row: WorkflowStatus) -> None:
         """Have a job cancelled, unless it is over."""
+        job_id, attempt = row.workflow_id, record_of(row).info.attempt
+        # First what tells it from a job that was only cut off, in case that it is both.
+        await self.note(job_id, **noted_start(row), begun=attempt)
         await self.call(self.client.cancel_workflow, job_id)
 
     async def running_on(self, executor_id: str | None = None) -> list[WorkflowStatus]:
@@ -155,7 +158,7 @@ class Store:
 
         :param queue: the one from which they are to be taken
         """
-        await self.call(self._give_back, job_ids, queue, abandon=False)
+        await self.call(self._give_back, job_ids, queue)
 
     async def purge(self, keep: float) -> int:
         """Forget jobs that have been over for long, and return how many there were.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from threading import Lock
@@ -19,6 +20,8 @@ from .dbos_store import WORKFLOW, Store
 from .execution import Executor
 
 __all__ = ["Worker"]
+
+_GIVING_BACK = 5.0  # seconds to let other processes have the jobs that were cut off
 
 _claim = Lock()
 _workers: list[Worker] = []
@@ -69,11 +72,14 @@ class Worker:
         executor_id = self._slots.executor_id
         await anyio.to_thread.run_sync(_destroy)
         try:
-            left = await self._store.running_on(executor_id)
-            await self._store.give_back([row.workflow_id for row in left], self._store.name)
-        except EngineUnavailableError as error:
+            async with asyncio.timeout(_GIVING_BACK):
+                left = await self._store.running_on(executor_id)
+                await self._store.give_back([row.workflow_id for row in left], self._store.name)
+        except (EngineUnavailableError, TimeoutError):
             logger.warning(
-                "Jobs that were cut off wait for the next start, or another process: %s", error
+                "Jobs that were cut off could not be given back: they wait for the next start, or "
+                "for another process",
+                exc_info=True,
             )
         finally:
             await self._store.call(self._slots.release, abandon=False)

@@ -123,6 +123,8 @@ class DocketEngine(EngineAdapter):
         settings = {
             # A worker's job has one connection at most, and docket itself a few.
             "max_connections": str(2 * self.concurrency + _CALLS + 10),
+            # One more try: a connection that lay there may be gone, and nobody knew.
+            "retry_on_timeout": "yes",
             "socket_timeout": "5",
             "socket_connect_timeout": "3",
         }

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi_tasks.errors import MalformedMessageError
+from fastapi_tasks.errors import EngineStateError, EngineUnavailableError, MalformedMessageError
 from fastapi_tasks.info import Progress, TaskInfo, TaskStatus
 from fastapi_tasks.observer import logger
 
 from .base import JobRecord
-from .docket_wire import OVER, JSONDocket, RedisError, happens_within, key_of
+from .docket_screen import wait_at_most
+from .docket_wire import OVER, JSONDocket, RedisError, key_of
 from .messages import read_message
 
 __all__ = ["ATTEMPT", "BEGUN", "CANCELLING", "PROGRESS", "Waiters", "record_of"]
@@ -96,13 +97,16 @@ class Waiters:
         self._news: dict[str, set[asyncio.Event]] = {}
         self._prefix = docket.key("state:")
         self._listening: asyncio.Task[None] | None = None
+        self._is_open = False
 
     async def until_over(
         self, job_id: str, look: Callable[[], Awaitable[JobRecord | None]]
     ) -> JobRecord | None:
-        """Wait until a job is over.
+        """Wait until a job is over, through outages too.
 
         :param look: returns what is known of it
+        :raises EngineUnavailableError: there is an outage to begin with
+        :raises EngineStateError: the engine is stopped meanwhile
         """
         news = asyncio.Event()
         key = key_of(job_id)
@@ -110,12 +114,18 @@ class Waiters:
         if self._listening is None or self._listening.done():
             self._listening = asyncio.create_task(self._listen())
         try:
-            while True:
+            record = await look()
+            while record is not None and record.info.status not in _FINAL:
+                await wait_at_most(_LOOK_EVERY, news)
                 news.clear()
-                record = await look()
-                if record is None or record.info.status in _FINAL:
-                    return record
-                await happens_within(news, _LOOK_EVERY)
+                if not self._is_open:
+                    raise EngineStateError(
+                        f"The engine was stopped while job {job_id} was waited for",
+                        instead="await engine.find(job_id)  # when it runs again",
+                    )
+                with suppress(EngineUnavailableError):
+                    record = await look()
+            return record
         finally:
             self._news[key].discard(news)
             if not self._news[key]:
@@ -123,10 +133,13 @@ class Waiters:
 
     @asynccontextmanager
     async def listening(self) -> AsyncGenerator[None, None]:
-        """Stop listening on exit."""
+        """Stop listening on exit, and have nobody wait any more."""
+        self._is_open = True
         try:
             yield
         finally:
+            self._is_open = False
+            self._wake_all()
             if self._listening is not None:
                 self._listening.cancel()
                 await asyncio.wait([self._listening])
@@ -149,8 +162,12 @@ class Waiters:
             if not any(end in message["data"] for end in _ENDS):
                 return
             key = message["channel"].decode().removeprefix(self._prefix)
-            waiting = list(self._news.get(key, ()))
+            for event in self._news.get(key, ()):
+                event.set()
         else:  # what happened before it listened, it was not told
-            waiting = [event for events in self._news.values() for event in events]
-        for event in waiting:
-            event.set()
+            self._wake_all()
+
+    def _wake_all(self) -> None:
+        for events in self._news.values():
+            for event in events:
+                event.set()

@@ -9,12 +9,10 @@ through before docket sees it, there are no strikes, and docket is never asked f
 from __future__ import annotations
 
 import asyncio
-import pickle
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Self, TypeAlias, cast
+from typing import Any, Self, TypeAlias
 
 from fastapi_tasks.errors import MalformedMessageError, MissingPackageError
 from fastapi_tasks.observer import logger
@@ -28,11 +26,12 @@ try:
         current_docket,
         current_execution,
     )
-    from redis.exceptions import ConnectionError as RedisConnectionError
     from redis.exceptions import RedisError
     from redis.exceptions import TimeoutError as RedisTimeoutError
 except ImportError as error:
     raise MissingPackageError("fastapi_tasks.engines.docket", "pydocket", extra="docket") from error
+
+from .docket_screen import FUNCTION, PREFIX, Parcel, ScreenedRedis
 
 __all__ = [
     "OVER",
@@ -40,7 +39,6 @@ __all__ = [
     "JSONExecution",
     "RedisError",
     "RedisTimeoutError",
-    "happens_within",
     "job_id_of",
     "key_of",
 ]
@@ -51,36 +49,18 @@ RunJob: TypeAlias = Callable[[Execution, str], Awaitable[None]]
 OVER = frozenset((ExecutionState.COMPLETED, ExecutionState.FAILED, ExecutionState.CANCELLED))
 """The states in which a job stays."""
 
-_FUNCTION = "fastapi_tasks"
-"""The one function that docket knows: the jobs' own names are in their messages."""
-_PREFIX = "job:"
-"""Begins the keys of jobs, among which docket has some of its own."""
 _REFUSED_AT_MOST = 1000
 """How many refused messages are kept, or a few more."""
-_BLOCK = 100
-"""Milliseconds for which a worker that has nothing to do waits for messages, at a time."""
-_RETRY = 0.5
-"""Seconds between two tries to read when Redis cannot be reached."""
 
 
 def key_of(job_id: str) -> str:
     """Return docket's key of a job."""
-    return f"{_PREFIX}{job_id}"
+    return f"{PREFIX}{job_id}"
 
 
 def job_id_of(key: str) -> str:
     """Return the id of a job again."""
-    return key.removeprefix(_PREFIX)
-
-
-async def happens_within(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for an event, and return whether it came in time."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True
+    return key.removeprefix(PREFIX)
 
 
 class JSONExecution(Execution):
@@ -149,7 +129,7 @@ class JSONDocket(Docket):
         self._max_deliveries = max_deliveries
         self._strikes = StrikeList()
         self.tasks.clear()  # docket's own would do what a message says
-        self.register(_run, names=[_FUNCTION])
+        self.register(_run, names=[FUNCTION])
 
     @property
     def strike_list(self) -> StrikeList:
@@ -166,7 +146,7 @@ class JSONDocket(Docket):
     async def redis(self) -> AsyncGenerator[Any, None]:
         """Give docket a client that looks through what a worker reads."""
         async with super().redis() as redis:
-            yield _ScreenedRedis(redis, self)
+            yield ScreenedRedis(redis, self)
 
     def execution(
         self,
@@ -181,13 +161,13 @@ class JSONDocket(Docket):
         """Return a job as docket has them: to be written, or to be marked as over."""
         return JSONExecution(
             self,
-            self.tasks[_FUNCTION],
+            self.tasks[FUNCTION],
             (text,),
             {},
             key,
             datetime.now(UTC) if when is None else when,
             attempt,
-            function_name=_FUNCTION,
+            function_name=FUNCTION,
             generation=generation,
             message_id=message_id,
         )
@@ -206,7 +186,7 @@ class JSONDocket(Docket):
         :param deliveries: how often it was handed to a worker, this time included
         """
         try:
-            parcel = _Parcel.read(fields)
+            parcel = Parcel.read(fields)
         except MalformedMessageError as error:
             logger.error("Message %s was refused: %s", message_id.decode(), error)
             await self.set_aside(fields, str(error))
@@ -236,124 +216,3 @@ class JSONDocket(Docket):
                 return
         job = self.execution(key, message_id=message_id)
         await job.mark_as_failed(f"{type(error).__name__}: {error}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Parcel:
-    """What there is to a message of ours, once it was found to be one."""
-
-    key: str
-    text: str
-    when: str
-    attempt: int
-    generation: int
-
-    @classmethod
-    def read(cls, fields: Mapping[bytes, bytes]) -> _Parcel:
-        """Read a message.
-
-        :raises MalformedMessageError: it is none of ours
-        """
-        try:
-            if fields[b"function"].decode() != _FUNCTION:
-                raise MalformedMessageError("it names a function of somebody else's")
-            when = fields[b"when"].decode()
-            datetime.fromisoformat(when)
-            parcel = cls(
-                fields[b"key"].decode(),
-                fields[b"args"].decode(),
-                when,
-                int(fields[b"attempt"]),
-                int(fields[b"generation"]),
-            )
-        except KeyError as error:
-            raise MalformedMessageError(f"the field {error.args[0].decode()} is missing") from None
-        except ValueError as error:
-            if isinstance(error, MalformedMessageError):
-                raise
-            # What it says may quote the message.
-            raise MalformedMessageError("a field is not what it has to be") from None
-        if not parcel.key.startswith(_PREFIX) or parcel.attempt < 1:
-            raise MalformedMessageError("its key or its attempt is none of ours")
-        return parcel
-
-    def fields(self, *, attempt: int) -> dict[bytes, bytes]:
-        """Return what docket is to read: the pickles in it are made here."""
-        return {
-            b"key": self.key.encode(),
-            b"when": self.when.encode(),
-            b"function": _FUNCTION.encode(),
-            b"args": pickle.dumps((self.text,)),
-            b"kwargs": pickle.dumps({}),
-            b"attempt": str(attempt).encode(),
-            b"generation": str(self.generation).encode(),
-        }
-
-
-class _ScreenedRedis:
-    """A client of Redis's, by which docket's worker reads only what was looked through.
-
-    :param redis: the client
-    :param docket: the docket
-    """
-
-    def __init__(self, redis: Any, docket: JSONDocket) -> None:
-        self._redis = redis
-        self._docket = docket
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._redis, name)
-
-    async def xreadgroup(self, *args: Any, block: int, **kwargs: Any) -> list[tuple[bytes, Any]]:
-        """Read new messages, for which it waits longer than docket between looks at its tasks."""
-        streams = await self._read(*args, block=max(block, _BLOCK), **kwargs)
-        return [
-            (stream, await self._screened(messages, dict.fromkeys((m for m, _ in messages), 1)))
-            for stream, messages in streams
-        ]
-
-    async def _read(self, *args: Any, **kwargs: Any) -> list[tuple[bytes, Any]]:
-        """Read, as soon as Redis can be reached.
-
-        If an error came out of here, docket would take no job until the last one has ended that
-        runs, however long that takes.
-        """
-        is_lost = False
-        while not (is_lost and self._docket.stopping.is_set()):
-            try:
-                streams = await self._redis.xreadgroup(*args, **kwargs)
-            except (RedisConnectionError, RedisTimeoutError) as error:
-                if not is_lost:
-                    logger.warning("Redis cannot be reached, so no jobs are taken: %s", error)
-                is_lost = True
-                await happens_within(self._docket.stopping, _RETRY)
-            else:
-                if is_lost:
-                    logger.warning("Redis can be reached again")
-                return cast("list[tuple[bytes, Any]]", streams)
-        return []
-
-    async def xautoclaim(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """Take messages over whose worker seems to be lost."""
-        docket = self._docket
-        cursor, messages, *rest = await self._redis.xautoclaim(*args, **kwargs)
-        deliveries: dict[bytes, int] = {}
-        for message_id, _ in messages:
-            pending = await self._redis.xpending_range(
-                docket.stream_key, docket.worker_group_name, min=message_id, max=message_id, count=1
-            )
-            deliveries |= {each["message_id"]: each["times_delivered"] for each in pending}
-        return [cursor, await self._screened(messages, deliveries), *rest]
-
-    async def _screened(
-        self, messages: list[tuple[bytes, dict[bytes, bytes]]], deliveries: dict[bytes, int]
-    ) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        screened: list[tuple[bytes, dict[bytes, bytes]]] = []
-        for message_id, fields in messages:
-            # One that is not pending any more has ended meanwhile, and one without fields was
-            # removed.
-            if fields and message_id in deliveries:
-                passed = await self._docket.screen(message_id, fields, deliveries[message_id])
-                if passed is not None:
-                    screened.append((message_id, passed))
-        return screened

@@ -17,7 +17,8 @@ from fastapi_tasks.info import Progress
 from fastapi_tasks.observer import logger
 
 from .docket_records import ATTEMPT, BEGUN, CANCELLING, PROGRESS
-from .docket_wire import JSONDocket, RedisError, RedisTimeoutError, happens_within, job_id_of
+from .docket_screen import wait_at_most
+from .docket_wire import JSONDocket, RedisError, RedisTimeoutError, job_id_of
 from .execution import Again, Cancelled, Executor, Failed, Interrupted, Outcome, Succeeded
 
 __all__ = ["DocketWorker"]
@@ -100,7 +101,7 @@ class DocketWorker:
                 await self._take_jobs()
             except Exception:
                 logger.exception("The worker has failed, and begins again in %g s", wait)
-                await happens_within(stopping, wait)
+                await wait_at_most(wait, stopping)
                 wait = min(2 * wait, _RESTART_WITHIN)
         await self._forget_consumers()
 

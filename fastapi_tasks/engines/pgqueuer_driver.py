@@ -124,9 +124,9 @@ class SteadyDriver:
             try:
                 async with asyncio.timeout(_QUERY_TIMEOUT):
                     return [dict(row) for row in await self._database.fetch(query, *args)]
-            except LOST as error:
-                if isinstance(error, ValueError) or self._is_over:
-                    raise  # at once what no connection can carry, although asyncpg calls it so
+            except LOST:
+                if self._is_over:
+                    raise
             if self._deadline is None:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._shutdown.wait(), pause)

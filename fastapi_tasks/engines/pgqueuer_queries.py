@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 
 from pgqueuer.domain.models import Job, TracebackRecord
@@ -33,7 +33,7 @@ class WorkerQueries(Queries):
         statements: Statements,
         *,
         concurrency: int,
-        on_gone: Callable[[Iterable[JobId]], None],
+        on_gone: Callable[[set[JobId]], None],
     ) -> None:
         super().__init__(driver, builders.qbe, builders.qbq, builders.qbs)
         self.owner: QueueManagerId | None = None

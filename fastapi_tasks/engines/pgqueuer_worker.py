@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -170,11 +170,10 @@ class Worker:
             await anyio.sleep_forever()
         self._executor.cancel(job_id)
 
-    def _stop_gone(self, queue_ids: Iterable[JobId]) -> None:
-        for queue_id in queue_ids:
-            context = self._manager.job_context.get(queue_id)
-            if context is not None:
-                context.cancellation.cancel()
+    def _stop_gone(self, queue_ids: set[JobId]) -> None:
+        contexts = self._manager.job_context
+        for queue_id in contexts.keys() & queue_ids:
+            contexts[queue_id].cancellation.cancel()
 
     async def _store(self, job: Job, outcome: Outcome) -> None:
         statements, mine = self._statements, (job.id, job.queue_manager_id)
@@ -188,7 +187,7 @@ class Worker:
                 await self._driver.fetch(statements.drop, *mine, None, None, None)
             case Again(wait):
                 await self._requeue(job, wait, job.attempts + 1)
-            case Interrupted():
+            case _:  # it was interrupted, and burns no attempt
                 await self._requeue(job, 0.0, job.attempts)
 
     async def _requeue(self, job: Job, wait: float, attempts: int) -> None:

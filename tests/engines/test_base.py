@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import anyio
@@ -63,16 +64,13 @@ class SilentEngine(MemoryEngine):
     """Never answers."""
 
     async def _enqueue(self, job_id: str, message: Message, options: JobOptions) -> str:
-        await anyio.sleep(math.inf)
-        return await super()._enqueue(job_id, message, options)
+        return await asyncio.sleep(math.inf, job_id)
 
     async def _record(self, job_id: str) -> JobRecord | None:
-        await anyio.sleep(math.inf)
-        return await super()._record(job_id)
+        return await asyncio.sleep(math.inf, None)
 
     async def _cancel(self, job_id: str) -> bool:
-        await anyio.sleep(math.inf)
-        return await super()._cancel(job_id)
+        return await asyncio.sleep(math.inf, False)
 
 
 class ForgetfulEngine(MemoryEngine):
@@ -123,13 +121,9 @@ class Scale:
         """Be a callable object."""
 
 
-async def tell() -> AsyncGenerator[int, None]:
-    """Be a generator."""
-    yield 1
-
-
 @pytest.mark.parametrize(
-    "func", [Scale().weigh, Scale(), functools.partial(weigh, 1), len, int, tell, 42]
+    "func",
+    [Scale().weigh, Scale(), functools.partial(weigh, 1), len, int, lambda: (yield), 42],
 )
 def test_only_functions_can_be_registered(jobs: MemoryEngine, func: Any) -> None:
     """A worker finds them by their names, and runs nothing else."""
@@ -280,6 +274,19 @@ async def test_a_limit_of_time_can_be_taken_away(
     async with Supervisor(engines=[jobs]):
         job = await jobs.using(timeout=given).enqueue(ship_it, 3)
         assert read_message(jobs.rows[job.id].text).timeout == travels
+
+
+@on_fake_clock
+async def test_a_key_lasts_as_long_as_its_job_is_remembered(
+    jobs: MemoryEngine, ship_it: Any
+) -> None:
+    """One that is over is not begun again, though it may be handed out once more."""
+    async with Supervisor(engines=[jobs]) as supervisor:
+        job = await jobs.using(key="order-7").enqueue(ship_it, 1)
+        await job.wait()
+        jobs.queue.put_nowait(job.id)
+        await anyio.sleep(1)
+        assert len(supervisor.recent) == 1
 
 
 async def test_a_key_makes_one_job_of_two(jobs: MemoryEngine, ship_it: Any) -> None:
@@ -563,6 +570,35 @@ def test_the_core_imports_no_engine() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert set(run.stdout.split()) == {"fastapi_tasks.errors", "fastapi_tasks.engine"}
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("DBOSEngine", "dbos"), ("DocketEngine", "docket"), ("PgQueuerEngine", "pgqueuer")],
+)
+def test_an_engine_is_imported_when_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, module: str
+) -> None:
+    """By which its package is, too."""
+    stand_in = ModuleType(module)
+    vars(stand_in)[name] = MemoryEngine
+    monkeypatch.setitem(sys.modules, f"fastapi_tasks.engines.{module}", stand_in)
+
+    assert name in engines.__all__
+    assert getattr(engines, name) is MemoryEngine
+
+
+def test_an_engine_refuses_what_is_not_its_place() -> None:
+    """When it is made."""
+    with pytest.raises(InvalidSettingError, match="memory://"):
+        OtherPlaceEngine()
+
+
+class OtherPlaceEngine(MemoryEngine):
+    """Is somewhere else than it says."""
+
+    def _check_url(self, url: object) -> None:
+        super()._check_url(f"{url}elsewhere")
 
 
 def test_what_engines_does_not_have_is_an_attribute_error() -> None:

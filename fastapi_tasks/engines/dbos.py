@@ -126,7 +126,7 @@ class DBOSEngine(EngineAdapter):
             str(self),
             Address(self.url, connect_timeout=self.enqueue_timeout),
             name=self._name,
-            version=self.application_version,
+            version=f"{self._name}/{self.application_version}",  # DBOS lets no two apps share one
         )
         with guarded():
             try:

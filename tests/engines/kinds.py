@@ -94,8 +94,7 @@ def _file(folder: Path, database: Database) -> Generator[Place, None, None]:
 def _dbos_jobs(folder: Path, database: Database) -> Generator[Place, None, None]:
     require_packages("dbos")
     with closing(Proxy(database())) as proxy:
-        name = unique_name()
-        yield _behind(proxy, name=name, application_version=name)
+        yield _behind(proxy, name=unique_name())
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
+import threading
 from collections import Counter
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from typing import Any, TypeVar
 import fastapi_tasks
 
 _PACKAGE = str(Path(fastapi_tasks.__file__).parent)
+# An event of AnyIO's has one of asyncio's in it, and may make it twice.
+_EVENTS = {asyncio.Event.__init__.__code__, threading.Event.__init__.__code__}
 
 T = TypeVar("T")
 
@@ -39,6 +42,8 @@ class Cost:
     """How many callbacks the event loop was given."""
     calls: Counter[str] = field(default_factory=Counter)
     """How often each function of the package was entered; a coroutine, with each resumption."""
+    events: int = 0
+    """How many ``Event`` objects were made, by anybody."""
     builtins: Counter[str] = field(default_factory=Counter)
     """How often each function written in C was called."""
 
@@ -54,9 +59,14 @@ def counted() -> Iterator[Cost]:
     def profile(frame: FrameType, event: str, arg: Any) -> None:  # pragma: no cover - so
         if event == "c_call":
             cost.builtins[arg.__qualname__] += 1
-        elif event == "call" and frame.f_code.co_filename.startswith(_PACKAGE):
-            cost.calls[frame.f_code.co_qualname] += 1
+        elif event == "call":
+            code = frame.f_code
+            if code.co_filename.startswith(_PACKAGE):
+                cost.calls[code.co_qualname] += 1
+            elif code in _EVENTS:
+                cost.events += 1
 
+    gc.collect()  # what earlier tests have left may run code when it goes
     before = loop.callbacks
     sys.setprofile(profile)
     try:

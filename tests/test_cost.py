@@ -1,6 +1,8 @@
 """What tasks and requests cost, counted: a change that makes them dearer is seen without a clock.
 
-Where a figure here has to grow, say why in the change that makes it grow.
+Where a figure here has to grow, say why in the change that makes it grow. Those that are named in
+words hold exactly. How many functions are entered is a ceiling, which all versions of Python and
+FastAPI reach that the tests run on.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import anyio
 import pytest
 from fastapi import BackgroundTasks, FastAPI
 
@@ -24,7 +25,6 @@ KNOWN = (
     "_asyncio.Task",
     "_contextvars.Context",
     "builtins.coroutine",
-    "builtins.method",
 )
 TURNS = 2
 """How often the event loop has to come round for tasks that never wait: for their only steps, and
@@ -69,15 +69,22 @@ def test_a_task_copies_its_context_once() -> None:
     cost = cost_of_tasks(lambda tasks: tasks.schedule(work))
 
     assert cost.builtins["copy_context"] == MANY
+    assert cost.builtins["Context.copy"] == 0
     assert cost.builtins["ContextVar.set"] == MANY
+
+
+def test_a_task_makes_no_event_until_somebody_looks() -> None:
+    """One that is asked whether it has started has one, so that they are counted at all."""
+    assert cost_of_tasks(lambda tasks: tasks.schedule(work)).events == 0
+    assert cost_of_tasks(lambda tasks: tasks.schedule(work).started).events >= MANY
 
 
 @pytest.mark.parametrize(
     ("schedule", "calls"),
     [
-        pytest.param(lambda tasks: tasks.schedule(work), 24, id="plain"),
-        pytest.param(lambda tasks: tasks.schedule(work, 1), 25, id="with-an-argument"),
-        pytest.param(lambda tasks: tasks.task(shield=True).schedule(work), 38, id="shielded"),
+        pytest.param(lambda tasks: tasks.schedule(work), 22, id="plain"),
+        pytest.param(lambda tasks: tasks.schedule(work, 1), 23, id="with-an-argument"),
+        pytest.param(lambda tasks: tasks.task(shield=True).schedule(work), 32, id="shielded"),
     ],
 )
 def test_a_task_enters_few_functions_of_the_package(
@@ -86,7 +93,7 @@ def test_a_task_enters_few_functions_of_the_package(
     """Each costs about a tenth of a microsecond."""
     cost = cost_of_tasks(schedule)
 
-    assert sum(cost.calls.values()) == calls * MANY, cost.calls
+    assert 0 < sum(cost.calls.values()) <= calls * MANY, cost.calls
 
 
 def test_a_live_task_is_made_of_few_objects() -> None:
@@ -108,16 +115,15 @@ def test_a_live_task_is_made_of_few_objects() -> None:
             await asyncio.sleep(0)
             more = census() - before
             end.set()
-        return {name: count / MANY for name, count in more.items() if count >= MANY}
+        return {name: round(count / MANY) for name, count in more.items() if count >= MANY}
 
     objects = run(main())
 
-    assert {name: objects[name] for name in KNOWN} == {
+    assert {name: objects.get(name) for name in KNOWN} == {
         "fastapi_tasks.Task": 1,
         "_asyncio.Task": 1,
         "_contextvars.Context": 1,
         "builtins.coroutine": 3,  # the runner's, the function's and that of Event.wait()
-        "builtins.method": 1,  # what is called at the end
     }
     assert not [name for name in objects if name.startswith(("anyio.", "asyncio.", "threading."))]
 
@@ -196,7 +202,7 @@ def test_a_request_gives_the_loop_nothing_but_its_tasks(
 
 @pytest.mark.parametrize(
     ("endpoint", "calls"),
-    [(bare, 12), (take, 28), (now, 60), (after_route, 70), (after_response, 70)],
+    [(bare, 8), (take, 26), (now, 56), (after_route, 67), (after_response, 63)],
 )
 def test_a_request_enters_few_functions_of_the_package(
     endpoint: Callable[..., Any], calls: int
@@ -204,12 +210,17 @@ def test_a_request_enters_few_functions_of_the_package(
     """FastAPI itself enters about 150 for a bare request."""
     cost = cost_of_requests(app_with(endpoint))
 
-    assert sum(cost.calls.values()) == calls * MANY, cost.calls
+    assert 0 < sum(cost.calls.values()) <= calls * MANY, cost.calls
 
 
-def test_a_request_without_tasks_copies_no_context_and_makes_no_event() -> None:
-    """Nor does one that takes them and has none."""
-    for endpoint in (bare, take):
-        cost = cost_of_requests(app_with(endpoint))
-        assert cost.builtins["copy_context"] == 0
-        assert anyio.Event.__name__ not in cost.calls
+@pytest.mark.parametrize(
+    ("endpoint", "tasks"), [(bare, 0), (take, 0), (now, 1), (after_route, 1), (after_response, 1)]
+)
+def test_a_request_copies_contexts_for_its_tasks_only_and_makes_no_event(
+    endpoint: Callable[..., Any], tasks: int
+) -> None:
+    """Nor does FastAPI in any of these requests."""
+    cost = cost_of_requests(app_with(endpoint))
+
+    assert cost.builtins["copy_context"] == tasks * MANY
+    assert cost.events == 0

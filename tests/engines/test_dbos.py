@@ -323,27 +323,22 @@ def test_a_slot_is_taken_again_after_an_outage(postgresql: str) -> None:
         with taken(slots):
             assert slots.is_held()
             proxy.cut()
-            late = AdvisorySlots("engine", "app", postgresql)
-            eventually_free(late, "app-1")
+            wait_until_free(slots, postgresql)
             assert slots.is_held()  # nobody has taken it meanwhile
             proxy.cut()
-            eventually_free(late, "app-1")
+            wait_until_free(slots, postgresql)
+            late = AdvisorySlots("engine", "app", postgresql)
             with taken(late) as stolen:
                 assert stolen == "app-1"
                 assert not slots.is_held()
+                assert not slots.is_held()  # although it is connected again
+            assert slots.is_held()
 
 
-def eventually_free(slots: AdvisorySlots, executor_id: str) -> None:
+def wait_until_free(slots: AdvisorySlots, url: str) -> None:
     """Wait until PostgreSQL has noticed that the holder of a slot is gone."""
-    deadline = time.monotonic() + PATIENCE
-    slots.take()
-    try:
-        while slots.executor_id != executor_id:
-            assert time.monotonic() < deadline
-            slots.release()
-            slots.take()
-    finally:
-        slots.release()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SELECT pg_advisory_lock(%s, %s)", (slots._space, slots._number))
 
 
 # Processes
@@ -822,9 +817,23 @@ async def test_jobs_that_wait_long_hold_up_no_others(any_url: str, trace: Trace)
         job = await engine.enqueue(jobs.wait_long, 3600)
         await trace.until("began", "wait-long")
         assert await (await engine.enqueue(jobs.add, 1, 2)).wait() == 3
+        room = store_of(engine).waiting_room
+        await until_row(engine, job.id, status="PENDING", queue_name=room)
         info = await job.info()
         assert (info.status, info.attempt) == (TaskStatus.PENDING, 1)
         assert await job.cancel()
+
+
+async def test_jobs_that_wait_shortly_stay_where_they_are(url: str, trace: Trace) -> None:
+    """To go and to come back would take longer."""
+    trace.gate("a").touch()
+    async with running(url, trace) as (engine, jobs):
+        job = await engine.enqueue(jobs.stumble, "a")
+        assert await job.wait() == 2
+        row = await store_of(engine).row(job.id)
+        assert row is not None
+        assert row.recovery_attempts == 1
+        assert row.queue_name == store_of(engine).name
 
 
 async def test_jobs_that_have_waited_long_come_back(
@@ -1003,7 +1012,7 @@ async def test_a_lost_slot_and_a_mistake_are_told_and_end_nothing(
     monkeypatch.setattr(FileSlots, "is_held", is_held)
     async with running(url, trace):
         await eventually(lambda: "cannot look after its database" in caplog.text)
-    assert "Another process has taken the place of this one (fastapi-tasks-1)" in caplog.text
+    assert "The place of this process (fastapi-tasks-1) is somebody else's" in caplog.text
 
 
 async def test_old_jobs_are_forgotten(

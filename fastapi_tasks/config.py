@@ -350,7 +350,7 @@ class SupervisorSettings:
                     instead="add_tasks(app, observers=[count_failures])",
                 )
         for engine in self.engines:
-            if not callable(getattr(engine, "prepare", None)):
+            if isinstance(engine, type) or not callable(getattr(engine, "prepare", None)):
                 expected, instead = _SEQUENCES["engines"]
                 raise InvalidSettingError("engines", engine, expected=expected, instead=instead)
         if not _is_seconds(self.grace) or self.grace == math.inf:

@@ -57,9 +57,7 @@ def run_worker(options: WorkerOptions, stop: StopSignals) -> int:
     :param stop: the signals
     :raises CannotStartError: it cannot be started
     """
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # the installed command has its own there
+    sys.path.insert(0, str(Path.cwd()))  # the installed command has its own folder there
     engine = _engine_at(options.engine)
     engine.worker = engine.shield = True
     if options.concurrency is not None:
@@ -94,8 +92,9 @@ class _Worker:
         """Run jobs until the signal comes, and return the exit status."""
         self._stop.listen()
         stopping = asyncio.ensure_future(self._stop.wait())
-        if not await self._start(stopping):
-            return 0
+        return await self._work(stopping) if await self._start(stopping) else 0
+
+    async def _work(self, stopping: asyncio.Future[None]) -> int:
         executor = self._engine.executor
         assert executor is not None
         await stopping
@@ -147,16 +146,16 @@ def _status_of(report: DrainReport, interrupted: int) -> int:
     cut_off = report.abandoned + tuple(
         task for task in report.cancelled if task.cancel_reason == SHUTTING_DOWN
     )
-    if cut_off or interrupted:
-        logger.warning(
-            "Worker %d ends, and has cut off %s; %d jobs are to run again elsewhere",
-            os.getpid(),
-            describe(cut_off),
-            interrupted,
-        )
-        return _CUT_OFF
-    logger.info("Worker %d ends, and nothing was cut off", os.getpid())
-    return 0
+    if not cut_off and not interrupted:
+        logger.info("Worker %d ends, and nothing was cut off", os.getpid())
+        return 0
+    logger.warning(
+        "Worker %d ends; cut off: %s; jobs that are to run again elsewhere: %d",
+        os.getpid(),
+        describe(cut_off) or "nobody, but what has failed of it",
+        interrupted,
+    )
+    return _CUT_OFF
 
 
 def _leaving(shutdown_timeout: float) -> float:

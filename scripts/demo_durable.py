@@ -100,8 +100,8 @@ def judge(before: Sequence[Event], after: Sequence[Event]) -> int:
     if lost:
         print(f"\n{lost} of {len(ORDERS)} charges are LOST.")
         return 1
-    print(f"\nEach of the {len(ORDERS)} charges was COMPLETED. Run scripts.demo_durable with")
-    print("--without-engine to see them lost.")
+    print(f"\nEach of the {len(ORDERS)} charges was COMPLETED. To see some of them lost, run")
+    print("python -m scripts.demo_durable --without-engine")
     return 0
 
 

@@ -38,7 +38,7 @@ def durable() -> ASGIApp:
     from fastapi_tasks.engines import DBOSEngine
 
     engine = DBOSEngine(os.environ["JOBS"], worker=True, concurrency=AT_ONCE)
-    engine.task(charge)
+    engine.task(name="charge")(charge)
     app = FastAPI()
     add_tasks(app, engines=[engine])
 

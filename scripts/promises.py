@@ -26,8 +26,8 @@ Measurements = Mapping[tuple[str, str], str]
 
 def measure(
     tests: str, *options: str, environment: Mapping[str, str] = MappingProxyType({})
-) -> tuple[Outcomes, Measurements] | None:
-    """Run tests, and return what came of them, or ``None`` if that is not what they expect.
+) -> tuple[bool, Outcomes, Measurements]:
+    """Run tests, and return whether they came out as they expect, and what came of each.
 
     :param tests: their file
     :param options: more options of pytest's
@@ -37,10 +37,9 @@ def measure(
         report = Path(folder) / "report.xml"
         command = ["-m", "pytest", "-n", "2", f"--junit-xml={report}", tests, *options]
         command += ["-k", "not table"]  # which this run is about to write
-        if subprocess.run(
+        status = subprocess.run(
             [sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, check=False
-        ).returncode:
-            return None
+        ).returncode
         outcomes: dict[tuple[str, str], str | None] = {}
         measurements: dict[tuple[str, str], str] = {}
         for case in ElementTree.parse(report).iter("testcase"):
@@ -50,7 +49,7 @@ def measure(
             outcomes[key] = None if limit is None else limit.attrib["message"]
             for found in case.iterfind("properties/property[@name='measured']"):
                 measurements[key] = found.attrib["value"]
-        return outcomes, measurements
+        return status == 0, outcomes, measurements
 
 
 def render(

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from time import monotonic
 
-from fastapi_tasks.config import Duration, TaskConfig, in_seconds
+from fastapi_tasks.config import Duration, in_seconds, is_wait
 from fastapi_tasks.errors import EngineUnavailableError, InvalidSettingError, MissingPackageError
 from fastapi_tasks.observer import logger
 
@@ -19,9 +19,10 @@ from .execution import Executor
 from .messages import Message
 
 try:
+    from .dbos_address import Address
     from .dbos_guards import guarded
-    from .dbos_records import is_over, noted_start, record_of
-    from .dbos_store import Address, Store
+    from .dbos_records import is_over, record_of
+    from .dbos_store import Store
     from .dbos_waiting import Waiters
     from .dbos_worker import Worker
 except ModuleNotFoundError as error:
@@ -46,7 +47,9 @@ class DBOSEngine(EngineAdapter):
 
     When a process has died, its jobs run again: at its next start, or within some seconds in
     another process that lives. An attempt that was cut off in this way is made again under the
-    same number, however many attempts there are; so is one that a shutdown has cut off.
+    same number, and so is one that a shutdown has cut off: ``retry`` counts failures only. For
+    crashes there is ``max_recoveries``; a job that is given up then has failed, without
+    ``on_error``.
 
     A process runs the jobs of one ``DBOSEngine`` at most, and does not use DBOS otherwise. While
     one is started, nothing that DBOS reads in this process is unpickled.
@@ -61,7 +64,7 @@ class DBOSEngine(EngineAdapter):
     :param max_recoveries: how often a job is begun again whose process has died; after that it has
         failed. 3 by default
     :param polling: seconds between two questions for jobs that wait, and for what has become of
-        jobs; 0.2 by default
+        jobs; 0.2 by default. A process begins ``concurrency`` jobs after each, at most
     :param keep: seconds or ``timedelta`` for which a job that is over is remembered, with its
         result and its key; 7 days by default, ``math.inf``: for ever
     :param worker: whether this process runs jobs too; it does by default
@@ -98,9 +101,9 @@ class DBOSEngine(EngineAdapter):
         _check_name(name)
         _check_version(application_version)
         _check_recoveries(max_recoveries)
-        TaskConfig(timeout=polling)  # raises for what is no time
+        _check_time("polling", polling)
         if keep != math.inf:
-            TaskConfig(timeout=keep)
+            _check_time("keep", keep)
         self.application_version = application_version
         """Under which jobs are enqueued, and whose jobs are run here."""
         self.max_recoveries = max_recoveries
@@ -123,7 +126,7 @@ class DBOSEngine(EngineAdapter):
             str(self),
             Address(self.url, connect_timeout=self.enqueue_timeout),
             name=self._name,
-            version=self.application_version,
+            version=f"{self._name}/{self.application_version}",  # DBOS lets no two apps share one
         )
         with guarded():
             try:
@@ -162,19 +165,23 @@ class DBOSEngine(EngineAdapter):
 
     def _pause(self) -> None:
         assert self._worker is not None
-        self._worker.pause()
+        self._worker.runs.pause()
 
     async def _keep_house(self, store: Store, worker: Worker) -> None:
         """Forget what is old, and look after the jobs of processes that have died."""
         next_purge = monotonic()
+        is_lost = False
         while True:
             try:
                 await worker.look_after_others()
-                if monotonic() >= next_purge and self.keep < math.inf:
+                if monotonic() >= next_purge:
                     await store.purge(self.keep)
                     next_purge = monotonic() + min(self.keep, _PURGE)
+                is_lost = False
             except EngineUnavailableError as error:
-                logger.warning("%s", error)
+                if not is_lost:
+                    logger.warning("%s", error)
+                is_lost = True
             except Exception:
                 logger.exception("%s cannot look after its database", self)
             await asyncio.sleep(_LOOK)
@@ -198,10 +205,8 @@ class DBOSEngine(EngineAdapter):
         row = await store.row(job_id)
         if row is None or is_over(row):
             return False
-        if row.status == "PENDING":
-            await store.note(job_id, **noted_start(row), begun=record_of(row).info.attempt)
-        # First the row: else the job would be taken for one that was cut off, and run again.
-        await store.cancel(job_id)
+        # First the row: else the job could be handed out again meanwhile.
+        await store.cancel(row)
         if self.executor is not None:
             self.executor.cancel(job_id)
         row = await store.row(job_id)
@@ -231,6 +236,16 @@ def _check_version(version: object) -> None:
             version,
             expected="a string that is not empty",
             instead='DBOSEngine(url, application_version="1")',
+        )
+
+
+def _check_time(setting: str, value: object) -> None:
+    if not is_wait(value) or not value:
+        raise InvalidSettingError(
+            setting,
+            value,
+            expected="seconds or a timedelta, more than 0",
+            instead=f"DBOSEngine(url, {setting}=1.0)",
         )
 
 

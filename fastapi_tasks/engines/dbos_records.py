@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fastapi_tasks.info import Progress, TaskInfo, TaskStatus, shown_error
 
 from .base import JobRecord
-from .dbos_store import OVER
 
-__all__ = ["JobError", "is_over", "noted_start", "record_of"]
+__all__ = ["OVER", "JobError", "Notes", "is_over", "noted_start", "notes_of", "record_of"]
+
+OVER = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+"""The states in which nothing becomes of a job any more."""
 
 _STATUSES = {
     "DELAYED": TaskStatus.PENDING,
@@ -37,7 +39,7 @@ class JobError(Exception):
         """What DBOS stores beside the text."""
 
 
-class _Notes(BaseModel):
+class Notes(BaseModel):
     """What is written beside a job's state."""
 
     model_config = ConfigDict(extra="ignore")
@@ -48,7 +50,7 @@ class _Notes(BaseModel):
     attempt: int = 0
     """The latest one that has failed."""
     begun: int | None = None
-    """The latest one, when the job was to be cancelled."""
+    """The latest one, when somebody asked for the job to be cancelled."""
     due: float = 0.0
     """When the next one is."""
     progress: Progress | None = None
@@ -59,6 +61,14 @@ class _Told(BaseModel):
     error: str
 
 
+def notes_of(row: WorkflowStatus) -> Notes:
+    """Read what is written beside a job's state, if it is what this package writes."""
+    try:
+        return Notes.model_validate(row.attributes or {})
+    except ValidationError:
+        return Notes()
+
+
 def is_over(row: WorkflowStatus) -> bool:
     """Return whether nothing becomes of the job any more."""
     return row.status in OVER
@@ -66,7 +76,7 @@ def is_over(row: WorkflowStatus) -> bool:
 
 def record_of(row: WorkflowStatus) -> JobRecord:
     """Read a row, whoever has written it."""
-    notes = _notes_of(row)
+    notes = notes_of(row)
     status = _STATUSES.get(row.status, TaskStatus.FAILED)
     attempt = notes.attempt
     if status is TaskStatus.CANCELLED and notes.begun is not None:
@@ -100,13 +110,6 @@ def noted_start(row: WorkflowStatus) -> dict[str, float]:
     record = record_of(row)
     started = record.info.started
     return {} if started is None else {"started": started.timestamp()}
-
-
-def _notes_of(row: WorkflowStatus) -> _Notes:
-    try:
-        return _Notes.model_validate(row.attributes or {})
-    except ValidationError:
-        return _Notes()
 
 
 def _error_of(row: WorkflowStatus) -> tuple[str, str]:

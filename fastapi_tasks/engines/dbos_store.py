@@ -6,11 +6,9 @@ import math
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -24,75 +22,24 @@ from dbos import (
     WorkflowHandle,
     WorkflowStatus,
 )
-from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
-from fastapi_tasks.errors import EngineUnavailableError, InvalidSettingError
+from fastapi_tasks.errors import EngineUnavailableError
 from fastapi_tasks.info import Progress
 
-from .dbos_slots import AdvisorySlots, FileSlots, Slots
+from .dbos_address import Address, sqlite_engine, turn_on_wal
+from .dbos_records import OVER, noted_start, notes_of, record_of
 from .messages import Message
 
-__all__ = ["OVER", "WORKFLOW", "Address", "Store"]
+__all__ = ["WORKFLOW", "Store"]
 
 T = TypeVar("T")
 
 WORKFLOW = "fastapi_tasks.run"
 """The one workflow, by which every job is run: its arguments are the job's message."""
 
-OVER = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
-"""The states in which nothing becomes of a job any more."""
-
 _CALLS = 4
 _BATCH = 500
-_BUSY = 5000  # milliseconds
-_UNIXEPOCH = (3, 42)  # the version of SQLite that knows the argument which DBOS gives it
-
-
-class Address:
-    """Where the database is.
-
-    :param url: as the user has written it
-    :raises InvalidSettingError: it is not one that can be used
-    """
-
-    def __init__(self, url: object, *, connect_timeout: float) -> None:
-        try:
-            parsed = sqlalchemy.make_url(cast(str, url))
-        except SQLAlchemyError:
-            _refuse(url)
-        kind = parsed.drivername.partition("+")[0]
-        self.path: Path | None = None
-        if kind == "sqlite":
-            name = parsed.database or ""
-            if parsed.drivername != kind or parsed.query or name in ("", ":memory:"):
-                _refuse(url)
-            self.path = Path(name)
-        elif kind in ("postgresql", "postgres") and parsed.database:
-            parsed = parsed.set(drivername="postgresql")
-            if "connect_timeout" not in parsed.query:
-                # libpq takes whole seconds, and 1 for 2.
-                seconds = str(max(2, math.ceil(connect_timeout)))
-                parsed = parsed.update_query_dict({"connect_timeout": seconds})
-        else:
-            _refuse(url)
-        self.url = parsed.render_as_string(hide_password=False)
-
-    def slots(self, label: str, name: str) -> Slots:
-        """Return by what the processes of this database are told apart."""
-        if self.path is None:
-            return AdvisorySlots(label, name, self.url)
-        return FileSlots(label, name, self.path)
-
-
-def _refuse(url: object) -> NoReturn:
-    raise InvalidSettingError(
-        "url",
-        # A URL may hold a password.
-        url if not isinstance(url, str) or "@" not in url else None,
-        expected="the path of a SQLite database, or the URL of a PostgreSQL one",
-        instead='DBOSEngine("sqlite:///jobs.db") or DBOSEngine("postgresql://localhost/jobs")',
-    )
 
 
 class Store:
@@ -108,6 +55,8 @@ class Store:
         self.label = label
         self.address = address
         self.name = name
+        self.waiting_room = f"{name}-waiting"
+        """The queue of jobs that wait to be attempted again."""
         self.version = version
         self.engine: sqlalchemy.Engine | None = None
         """Of SQLite: connected as DBOS does it, and better; DBOS makes one of PostgreSQL."""
@@ -186,28 +135,38 @@ class Store:
         """Write how far a job has come."""
         await self.note(job_id, progress=progress.model_dump(mode="json"))
 
-    async def cancel(self, job_id: str) -> None:
+    async def cancel(self, row: WorkflowStatus) -> None:
         """Have a job cancelled, unless it is over."""
+        job_id, attempt = row.workflow_id, record_of(row).info.attempt
+        # First what tells it from a job that was only cut off, in case that it is both.
+        await self.note(job_id, **noted_start(row), begun=attempt)
         await self.call(self.client.cancel_workflow, job_id)
 
     async def running_on(self, executor_id: str | None = None) -> list[WorkflowStatus]:
         """Read the jobs that some process has, or one."""
         return await self.call(
-            partial(self._list, status="PENDING", queue_name=self.name, executor_id=executor_id)
+            partial(
+                self._list,
+                status="PENDING",
+                queue_name=[self.name, self.waiting_room],
+                executor_id=executor_id,
+            )
         )
 
-    async def give_back(self, job_ids: list[str]) -> None:
-        """Let other processes take jobs that this one has taken, and does not run."""
-        if job_ids:
-            await self.call(
-                partial(self.client.resume_workflows, job_ids, queue_name=self.name), abandon=False
-            )
+    async def give_back(self, job_ids: list[str], queue: str) -> None:
+        """Let any process take jobs that this one has taken, and does not run.
+
+        :param queue: the one from which they are to be taken
+        """
+        await self.call(self._give_back, job_ids, queue)
 
     async def purge(self, keep: float) -> int:
         """Forget jobs that have been over for long, and return how many there were.
 
         :param keep: seconds for which they are remembered
         """
+        if keep == math.inf:
+            return 0
         before = datetime.fromtimestamp(time.time() - keep, UTC).isoformat()
         purged = 0
         while found := await self.call(
@@ -219,8 +178,14 @@ class Store:
 
     @property
     def client(self) -> DBOSClient:
-        """DBOS's own, whose methods block."""
-        assert self._client is not None
+        """DBOS's own, whose methods block.
+
+        :raises EngineUnavailableError: the store is closed
+        """
+        if self._client is None:
+            raise EngineUnavailableError(
+                self.label, "it was stopped", instead="Ask while the app runs"
+            )
         return self._client
 
     def register_queue(self, concurrency: int, polling: float) -> None:
@@ -228,11 +193,12 @@ class Store:
         self.client.register_queue(
             self.name, worker_concurrency=concurrency, polling_interval_sec=polling
         )
+        self.client.register_queue(self.waiting_room, polling_interval_sec=max(polling, 1.0))
 
     def _open(self) -> None:
         if self.address.path is not None:
-            _turn_on_wal(self.address.path)
-            self.engine = _engine_of(self.address.url)
+            turn_on_wal(self.address.path)
+            self.engine = sqlite_engine(self.address.url)
         DBOS.migrate(self.address.url)
         self._client = DBOSClient(
             system_database_url=self.address.url if self.engine is None else None,
@@ -255,6 +221,16 @@ class Store:
         handle: WorkflowHandle[str] = self.client.enqueue(options, text)
         return handle.get_workflow_id()
 
+    def _give_back(self, job_ids: list[str], queue: str) -> None:
+        if not job_ids:
+            return
+        self.client.resume_workflows(job_ids, queue_name=queue)
+        # It takes those too that were cancelled a moment ago.
+        rows = self._list(workflow_ids=job_ids)
+        cancelled = [row.workflow_id for row in rows if notes_of(row).begun is not None]
+        if cancelled:
+            self.client.cancel_workflows(cancelled)
+
     def _list(self, *, load_output: bool = False, **conditions: Any) -> list[WorkflowStatus]:
         return self.client.list_workflows(
             name=WORKFLOW,
@@ -263,37 +239,3 @@ class Store:
             load_output=load_output,
             **conditions,
         )
-
-
-def _turn_on_wal(path: Path) -> None:
-    """Let readers read while somebody writes. It is the file that remembers it."""
-    deadline = time.monotonic() + _BUSY / 1000
-    with closing(sqlite3.connect(path, timeout=_BUSY / 1000)) as connection:
-        while True:
-            try:
-                connection.execute("PRAGMA journal_mode=WAL")
-                return
-            except sqlite3.OperationalError:
-                # It does not wait for another process that does the same.
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
-
-
-def _now(_: object) -> float:
-    return time.time()
-
-
-def _engine_of(url: str) -> sqlalchemy.Engine:
-    engine = sqlalchemy.create_engine(url, pool_size=_CALLS, max_overflow=20)
-
-    def configure(connection: sqlite3.Connection, _: object) -> None:
-        # What DBOS does to a connection of its own.
-        connection.isolation_level = "IMMEDIATE"
-        connection.execute(f"PRAGMA busy_timeout={_BUSY}")
-        connection.execute("PRAGMA foreign_keys=ON")
-        if sqlite3.sqlite_version_info < _UNIXEPOCH:
-            connection.create_function("unixepoch", 1, _now)
-
-    event.listen(engine, "connect", configure)
-    return engine

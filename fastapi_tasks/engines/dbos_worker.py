@@ -1,18 +1,12 @@
-"""The jobs that DBOS hands out to this process, on their way to the event loop of the app.
-
-DBOS runs workflows in a thread and an event loop of its own. There is one workflow, whose steps
-are a job's attempts: what has come of a step is recorded, and is not done again after a crash.
-"""
+"""This process among those that DBOS hands out jobs to: how it joins them, and how it leaves."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import partial
 from threading import Lock
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import anyio.to_thread
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer
@@ -20,16 +14,14 @@ from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer
 from fastapi_tasks.errors import EngineStateError, EngineUnavailableError
 from fastapi_tasks.observer import logger
 
-from .dbos_records import JobError, noted_start
+from .dbos_runs import Runs
 from .dbos_slots import Slots
 from .dbos_store import WORKFLOW, Store
-from .execution import Again, Cancelled, Executor, Failed, Interrupted, Succeeded
+from .execution import Executor
 
 __all__ = ["Worker"]
 
-_NOT_HERE = "not here"  # the job was cancelled, or is left to another process
-_STORING = 10.0  # seconds to write what has come of jobs that ended while the app was shut down
-_ENDING = 1.0  # seconds for attempts whose tasks are over to come to their own ends
+_GIVING_BACK = 5.0  # seconds to let other processes have the jobs that were cut off
 
 _claim = Lock()
 _workers: list[Worker] = []
@@ -60,16 +52,11 @@ class Worker:
     ) -> None:
         self._store = store
         self._slots = slots
-        self._executor = executor
         self._concurrency = concurrency
         self._polling = polling
         self._max_recoveries = max_recoveries
-        self._on_over = on_over
-        self._loop = asyncio.get_running_loop()
-        self._is_paused = False
-        self._attempts: set[asyncio.Task[Any]] = set()
-        self._unstored: set[str] = set()
-        self._is_stored = asyncio.Event()
+        self.runs = Runs(store, executor, on_over=on_over)
+        """The jobs that this process has."""
 
     async def start(self) -> None:
         """Take the place of this process among the others, and jobs.
@@ -79,33 +66,20 @@ class Worker:
         """
         await self._store.call(self._launch, abandon=False)
 
-    def pause(self) -> None:
-        """Begin no more jobs."""
-        # DBOS takes none once it has as many as run at once; those that come now are held.
-        self._is_paused = True
-
     async def stop(self) -> None:
         """Leave when what has come of all jobs is stored; give those back that were cut off."""
-        if self._attempts:
-            await asyncio.wait(self._attempts, timeout=_ENDING)
-        try:
-            async with asyncio.timeout(_STORING):
-                while self._unstored:
-                    self._is_stored.clear()
-                    await self._is_stored.wait()
-        except TimeoutError:
-            logger.error(
-                "What has come of %d jobs could not be stored: they will run again",
-                len(self._unstored),
-            )
+        await self.runs.close()
         executor_id = self._slots.executor_id
         await anyio.to_thread.run_sync(_destroy)
         try:
-            left = await self._store.running_on(executor_id)
-            await self._store.give_back([row.workflow_id for row in left])
-        except EngineUnavailableError as error:
+            async with asyncio.timeout(_GIVING_BACK):
+                left = await self._store.running_on(executor_id)
+                await self._store.give_back([row.workflow_id for row in left], self._store.name)
+        except (EngineUnavailableError, TimeoutError):
             logger.warning(
-                "Jobs that were cut off wait for the next start, or another process: %s", error
+                "Jobs that were cut off could not be given back: they wait for the next start, or "
+                "for another process",
+                exc_info=True,
             )
         finally:
             await self._store.call(self._slots.release, abandon=False)
@@ -179,85 +153,6 @@ class Worker:
             _workers.clear()
             raise
 
-    # In the event loop of DBOS.
-
-    async def run(self, job_id: str, text: str) -> str:
-        """Make all attempts of a job, and return what its function has returned, as JSON."""
-        running = cast("asyncio.Task[Any]", asyncio.current_task())
-        running.add_done_callback(lambda _: self._in_loop(self._note_over, job_id))
-        attempt = 1
-        while True:
-            told = await DBOS.run_step_async(
-                {"name": "attempt", "preemptible": True}, self._attempt, job_id, text, attempt
-            )
-            if "result" in told:
-                return cast(str, told["result"])
-            if "error" in told:
-                raise JobError(told["error_type"], told["error"])
-            self._in_loop(self._note_stored, job_id)
-            await DBOS.sleep_async(told["wait"])
-            attempt += 1
-
-    async def _attempt(self, job_id: str, text: str, attempt: int) -> dict[str, Any]:
-        future = asyncio.run_coroutine_threadsafe(self._execute(job_id, text, attempt), self._loop)
-        told = await asyncio.wrap_future(future)
-        if told is None:
-            await _until_the_end()
-        elif _NOT_HERE in told:
-            raise asyncio.CancelledError
-        return told
-
-    def _in_loop(self, func: Callable[[str], None], job_id: str) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(func, job_id)
-
-    # In the event loop of the app.
-
-    async def _execute(self, job_id: str, text: str, attempt: int) -> dict[str, Any] | None:
-        """Make one attempt, and return what is recorded; ``None``: nothing, and the app ends."""
-        if self._is_paused:
-            return None
-        task = cast("asyncio.Task[Any]", asyncio.current_task())
-        self._attempts.add(task)
-        task.add_done_callback(self._attempts.discard)
-        outcome = await self._executor.run(
-            job_id, text, attempt=attempt, store_progress=partial(self._store.note_progress, job_id)
-        )
-        if isinstance(outcome, Cancelled):
-            return {_NOT_HERE: True}
-        if isinstance(outcome, Interrupted):
-            return await self._interrupted(job_id)
-        self._unstored.add(job_id)
-        if isinstance(outcome, Succeeded):
-            return {"result": outcome.result}
-        if isinstance(outcome, Failed):
-            return {"error_type": outcome.error_type, "error": outcome.error}
-        await self._note_failure(job_id, attempt, outcome)
-        return {"wait": outcome.wait}
-
-    async def _interrupted(self, job_id: str) -> dict[str, Any] | None:
-        if self._is_paused:
-            return None
-        await self._store.give_back([job_id])
-        return {_NOT_HERE: True}
-
-    async def _note_failure(self, job_id: str, attempt: int, outcome: Again) -> None:
-        due = time.time() + outcome.wait
-        try:
-            row = await self._store.row(job_id)
-            started = {} if row is None else noted_start(row)
-            await self._store.note(job_id, **started, attempt=attempt, due=due, progress=None)
-        except EngineUnavailableError as error:
-            logger.warning("That job %s waits could not be noted: %s", job_id, error)
-
-    def _note_stored(self, job_id: str) -> None:
-        self._unstored.discard(job_id)
-        self._is_stored.set()
-
-    def _note_over(self, job_id: str) -> None:
-        self._note_stored(job_id)
-        self._on_over()
-
 
 async def _run(*args: Any, **kwargs: Any) -> str:
     """Do what every job's workflow does, whatever somebody has given it for arguments."""
@@ -265,13 +160,7 @@ async def _run(*args: Any, **kwargs: Any) -> str:
     job_id = DBOS.workflow_id
     assert job_id is not None
     text = args[0] if len(args) == 1 and not kwargs else None
-    return await worker.run(job_id, text if isinstance(text, str) else "")
-
-
-async def _until_the_end() -> NoReturn:
-    """Hold a job until DBOS is destroyed: it is no other process's as long as this one has it."""
-    while True:
-        await asyncio.Event().wait()
+    return await worker.runs.run(job_id, text if isinstance(text, str) else "")
 
 
 def _launch(config: DBOSConfig, max_recoveries: int) -> None:

@@ -359,8 +359,7 @@ class _ProgressWriter:
         while self._is_stale:
             self._is_stale = False
             progress = self._task.progress
-            if progress is None:
-                continue
+            assert progress is not None  # it was said, and is not taken back
             try:
                 await self._store(progress)
             except Exception:

@@ -5,14 +5,17 @@ What jobs there are is in the environment variable ``JOBS``, by the names of the
 
 from __future__ import annotations
 
+import asyncio
 import os
+import sys
 import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 import anyio
+import anyio.to_thread
 
-from fastapi_tasks import EngineUnavailableError, TaskEvent, current_task, get_supervisor
+from fastapi_tasks import EngineUnavailableError, TaskEvent, current_task
 from tests.engines.memory import MemoryEngine
 
 
@@ -49,8 +52,7 @@ async def broken() -> AsyncGenerator[None, None]:
 async def endless() -> AsyncGenerator[None, None]:
     """Be a resource that is never open."""
     print("opening", flush=True)
-    await anyio.sleep_forever()
-    yield
+    yield await anyio.sleep_forever()
 
 
 unreachable = MemoryEngine(lifespan=unavailable)
@@ -76,7 +78,8 @@ def observe(event: TaskEvent) -> None:
 @engine.task(name="quick")
 async def quick() -> None:
     """Succeed."""
-    print("ran", current_task().name, flush=True)
+    loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
+    print("ran", current_task().name, "on", loop, flush=True)
 
 
 @engine.task(name="bad")
@@ -87,11 +90,9 @@ async def bad() -> None:
 
 @engine.task(name="patient")
 async def patient() -> None:
-    """Run until the worker is told to end, and then to the end."""
+    """Run until somebody says something on standard input."""
     print("patient", flush=True)
-    supervisor = get_supervisor()
-    while supervisor.is_running:
-        await anyio.sleep(0.01)
+    await anyio.to_thread.run_sync(sys.stdin.readline)
     print("patient is done", flush=True)
 
 
@@ -100,6 +101,16 @@ async def endless_job() -> None:
     """Run until somebody cuts it off."""
     print("endless", flush=True)
     await anyio.sleep_forever()
+
+
+@engine.task(name="brittle")
+async def brittle() -> None:
+    """Fail if somebody cuts it off."""
+    print("brittle", flush=True)
+    try:
+        await anyio.sleep_forever()
+    except asyncio.CancelledError:
+        raise LookupError("broken") from None
 
 
 @engine.task(name="stuck")

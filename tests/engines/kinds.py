@@ -19,13 +19,17 @@ from .services import (
     Outage,
     Proxy,
     locked,
-    postgresql_database,
     redis_prefix,
     require_packages,
+    unique_name,
 )
 
 UNUSED = "127.0.0.1:9"
 """Where nobody listens."""
+
+
+Database = Callable[[], str]
+"""Returns the address of a database that several tests have in common."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class Kind:
     """What it is made of: the names of distributions."""
     make: Callable[..., EngineAdapter]
     """Makes one, from an address and what else engines take."""
-    place: Callable[[Path], AbstractContextManager[Place]]
-    """Makes a place for one test's jobs, and removes it."""
+    place: Callable[[Path, Database], AbstractContextManager[Place]]
+    """Makes a place for one test's jobs in a folder, or in a database, and removes it."""
     unreachable: str = ""
     """An address at which there is nothing."""
 
@@ -75,26 +79,33 @@ class Kind:
 
 
 @contextmanager
-def _nowhere(folder: Path) -> Generator[Place, None, None]:
+def _nowhere(folder: Path, database: Database) -> Generator[Place, None, None]:
     yield Place("memory://")
 
 
 @contextmanager
-def _file(folder: Path) -> Generator[Place, None, None]:
+def _file(folder: Path, database: Database) -> Generator[Place, None, None]:
     require_packages("dbos")
     path = folder / "jobs.db"
     yield Place(f"sqlite:///{path}", outages={"locked": partial(locked, path)})
 
 
 @contextmanager
-def _database(folder: Path, *, package: str) -> Generator[Place, None, None]:
-    require_packages(package)
-    with postgresql_database() as url, closing(Proxy(url)) as proxy:
-        yield _behind(proxy)
+def _dbos_jobs(folder: Path, database: Database) -> Generator[Place, None, None]:
+    require_packages("dbos")
+    with closing(Proxy(database())) as proxy:
+        yield _behind(proxy, name=unique_name())
 
 
 @contextmanager
-def _keys(folder: Path) -> Generator[Place, None, None]:
+def _pgqueuer_tables(folder: Path, database: Database) -> Generator[Place, None, None]:
+    require_packages("pgqueuer", "asyncpg")
+    with closing(Proxy(database())) as proxy:
+        yield _behind(proxy, prefix=f"{unique_name()}_")
+
+
+@contextmanager
+def _keys(folder: Path, database: Database) -> Generator[Place, None, None]:
     require_packages("docket")
     with redis_prefix() as prefix, closing(Proxy(REDIS)) as proxy:
         yield _behind(proxy, name=prefix)
@@ -135,7 +146,7 @@ DBOS_POSTGRESQL = Kind(
     "DBOSEngine, PostgreSQL",
     ("dbos", "psycopg"),
     _dbos,
-    partial(_database, package="dbos"),
+    _dbos_jobs,
     unreachable=f"postgresql://ada:hunter2@{UNUSED}/jobs",
 )
 DOCKET = Kind(
@@ -149,7 +160,7 @@ PGQUEUER = Kind(
     "PgQueuerEngine, PostgreSQL",
     ("pgqueuer", "asyncpg"),
     _pgqueuer,
-    partial(_database, package="pgqueuer"),
+    _pgqueuer_tables,
     unreachable=f"postgresql://ada:hunter2@{UNUSED}/jobs",
 )
 

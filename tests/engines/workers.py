@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.servers import ROOT, Output
 
-from .jobs import Trace
+from .jobs import Trace, eventually
 from .kinds import Kind, Place
 from .services import PATIENCE
 
@@ -64,6 +64,16 @@ class Worker:
     def pid(self) -> int:
         """Which process it is."""
         return self.process.pid
+
+    async def until_ready(self) -> None:
+        """Wait until it takes jobs."""
+        ready = f"Worker {self.pid} runs the jobs of"
+        # It imports a lot, and may be one of many processes that do.
+        await eventually(
+            lambda: any(ready in line for line in self.log.so_far()),
+            3 * PATIENCE,
+            lambda: f"{self.log.so_far()}",
+        )
 
     def kill(self) -> None:
         """End it as a power cut does."""

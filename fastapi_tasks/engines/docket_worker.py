@@ -223,7 +223,7 @@ class DocketWorker:
                 await execution.mark_as_cancelled()
             case Again(wait):
                 await self._put_back(execution, text, execution.attempt + 1, wait)
-            case Interrupted():
+            case _:  # interrupted
                 await self._put_back(execution, text, execution.attempt, 0.0)
 
     async def _put_back(self, execution: Execution, text: str, attempt: int, wait: float) -> None:

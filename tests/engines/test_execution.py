@@ -140,12 +140,13 @@ async def test_a_job_s_context_is_its_own(line: Line) -> None:
     assert job.context is None
 
 
-@pytest.mark.parametrize("func", [jam, jam_in_thread])
+# AnyIO's older runners of tests have an argument "func" themselves.
+@pytest.mark.parametrize("jamming", [jam, jam_in_thread])
 async def test_a_failure_without_a_retry_is_final(
-    line: Line, caplog: pytest.LogCaptureFixture, func: Callable[..., Any]
+    line: Line, caplog: pytest.LogCaptureFixture, jamming: Callable[..., Any]
 ) -> None:
     """It is logged here, with its traceback; what asks for the job hears of it by its text."""
-    line.job(func)
+    line.job(jamming)
     async with line.supervisor:
         assert await line.run(attempt=2) == Failed("JammedError", "paper")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -149,10 +149,9 @@ class Waiters:
             try:
                 async with self._docket.redis() as redis, redis.pubsub() as pubsub:
                     await pubsub.psubscribe(f"{self._prefix}*")
-                    while self._news:
-                        message = await pubsub.get_message(timeout=1.0)
-                        if message is not None:
-                            self._tell(message)
+                    async with aclosing(pubsub.listen()) as messages:
+                        while self._news:
+                            self._tell(await anext(messages))
             except RedisError as error:
                 logger.debug("Redis tells no news of jobs: %s", error)
                 await asyncio.sleep(_RETRY)

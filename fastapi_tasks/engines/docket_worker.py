@@ -31,6 +31,8 @@ _RECONNECT_AFTER = timedelta(seconds=1)
 _RESTART_AFTER = 1.0
 """Seconds before a worker that has ended begins again; twice as many each time."""
 _RESTART_WITHIN = 30.0
+_CANCEL_AFTER = 0.5
+"""Seconds before docket's worker is cancelled, once more too: it asks Redis for more as it ends."""
 _STORE_AGAIN_AFTER = 0.5
 """Seconds between two tries to store what has become of a job."""
 _FORGOTTEN_AFTER = timedelta(hours=1) / timedelta(milliseconds=1)
@@ -62,7 +64,7 @@ class DocketWorker:
         self._redelivery_timeout = redelivery_timeout
         self._patience = patience
         self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._messages: set[bytes] = set()
+        self._jobs: dict[bytes, asyncio.Task[None]] = {}
         self._running: asyncio.Task[None] | None = None
 
     @asynccontextmanager
@@ -82,11 +84,15 @@ class DocketWorker:
     async def _end(self, serving: asyncio.Task[None]) -> None:
         """Wait until all was stored, but not for ever."""
         done, _ = await asyncio.wait([serving], timeout=self._patience)
+        if not done:
+            logger.warning("What has become of %d jobs cannot be stored", len(self._jobs))
+            for work in self._jobs.values():
+                work.cancel()
+            done, _ = await asyncio.wait([serving], timeout=_CANCEL_AFTER)
         while not done:
-            logger.warning("What has become of %d jobs cannot be stored", len(self._messages))
             running = self._running
             (serving if running is None or running.done() else running).cancel()
-            done, _ = await asyncio.wait([serving], timeout=self._patience)
+            done, _ = await asyncio.wait([serving], timeout=_CANCEL_AFTER)
 
     def pause(self) -> None:
         """Take no more jobs."""
@@ -101,8 +107,8 @@ class DocketWorker:
                 await self._take_jobs()
             except Exception:
                 logger.exception("The worker has failed, and begins again in %g s", wait)
-                await wait_at_most(wait, stopping)
-                wait = min(2 * wait, _RESTART_WITHIN)
+                this_time, wait = wait, min(2 * wait, _RESTART_WITHIN)
+                await wait_at_most(this_time, stopping)
         await self._forget_consumers()
 
     async def _take_jobs(self) -> None:
@@ -132,22 +138,27 @@ class DocketWorker:
     async def _run_job(self, execution: Execution, text: str) -> None:
         """Make one attempt, and store what has come of it."""
         is_cancelled = await self._begin(execution)
-        message_id = execution.message_id
+        task, message_id = asyncio.current_task(), execution.message_id
+        assert task is not None
         assert message_id is not None
+        task.add_done_callback(_retrieve_error)
         work = asyncio.create_task(self._attempt(execution, text, is_cancelled=is_cancelled))
-        self._messages.add(message_id)
+        self._jobs[message_id] = work
         try:
             while not work.done():
                 try:
                     await asyncio.wait([work])
                 except asyncio.CancelledError:
                     if self._docket.stopping.is_set():
-                        raise  # its message stays where it is, for another worker
+                        raise
                     self._executor.cancel(job_id_of(execution.key))
-            work.result()
         finally:
             work.cancel()
-            self._messages.discard(message_id)
+            self._jobs.pop(message_id, None)
+        if work.cancelled():
+            # Its message stays where it is, for another worker.
+            raise RedisTimeoutError("Redis was not there when the worker had to end")
+        work.result()
 
     async def _begin(self, execution: Execution) -> bool:
         """Note that an attempt begins; return whether it is not to, as somebody has cancelled."""
@@ -218,7 +229,7 @@ class DocketWorker:
                 await execution.mark_as_cancelled()
             case Again(wait):
                 await self._put_back(execution, text, execution.attempt + 1, wait)
-            case Interrupted():
+            case _:  # interrupted
                 await self._put_back(execution, text, execution.attempt, 0.0)
 
     async def _put_back(self, execution: Execution, text: str, attempt: int, wait: float) -> None:
@@ -253,7 +264,7 @@ class DocketWorker:
         """
         while True:
             await asyncio.sleep(self._redelivery_timeout / 4)
-            if self._messages:
+            if self._jobs:
                 try:
                     async with self._docket.redis() as redis:
                         await redis.xclaim(
@@ -261,7 +272,7 @@ class DocketWorker:
                             self._docket.worker_group_name,
                             self._name,
                             min_idle_time=0,
-                            message_ids=list(self._messages),
+                            message_ids=list(self._jobs),
                             idle=0,
                             justid=True,
                         )
@@ -279,3 +290,9 @@ class DocketWorker:
                         await redis.xgroup_delconsumer(stream, group, each["name"])
         except (RedisError, TimeoutError) as error:  # there is no stream yet, or no connection
             logger.debug("Consumers could not be forgotten: %s", error)
+
+
+def _retrieve_error(task: asyncio.Task[None]) -> None:
+    """Have asyncio not complain of an error that docket does not ask for, if it was cancelled."""
+    if not task.cancelled():
+        task.exception()

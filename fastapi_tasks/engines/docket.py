@@ -16,7 +16,7 @@ from fastapi_tasks.errors import EngineUnavailableError, InvalidSettingError
 
 from .base import EngineAdapter, JobOptions, JobRecord, Lifespan
 from .docket_records import CANCELLING, Waiters, record_of
-from .docket_wire import JSONDocket, RedisError, key_of
+from .docket_wire import JSONDocket, RedisError, key_of, parse_url
 from .docket_worker import DocketWorker
 from .execution import Executor
 from .messages import Message
@@ -27,6 +27,8 @@ _SCHEMES = ("redis", "rediss", "unix")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _CALLS = 40
 """How many connections are there for what this process asks of Redis, beside its worker's."""
+_OWN = 10
+"""How many docket itself needs, and listening for news of jobs. A job has two at most."""
 _LATEST = datetime(9999, 1, 1, tzinfo=UTC)
 _UNAVAILABLE = "Look whether Redis runs there, and lets you in"
 
@@ -93,11 +95,11 @@ class DocketEngine(EngineAdapter):
         self._docket_worker: DocketWorker | None = None
 
     def _check_url(self, url: object) -> None:
-        if not isinstance(url, str) or urlsplit(url).scheme not in _SCHEMES:
+        if not isinstance(url, str) or not _is_address(url):
             raise InvalidSettingError(
                 "url",
                 # It may have a password in it.
-                url.partition("@")[0].partition("//")[0] if isinstance(url, str) else url,
+                f"{urlsplit(url).scheme}://..." if isinstance(url, str) else url,
                 expected="the address of a Redis server",
                 instead='DocketEngine("redis://localhost:6379/0")',
             )
@@ -105,30 +107,34 @@ class DocketEngine(EngineAdapter):
     @asynccontextmanager
     async def _connected(self) -> AsyncGenerator[None, None]:
         _quieten()
+        place, options = self._address()
         docket = JSONDocket(
-            self.name, self._address(), keep=self.keep, max_deliveries=self.max_deliveries
+            self.name,
+            f"{place}?{urlencode(options)}",
+            keep=self.keep,
+            max_deliveries=self.max_deliveries,
         )
         async with docket:
             self._docket = docket
-            self._calls = asyncio.Semaphore(_CALLS)
+            spare = int(options["max_connections"]) - 2 * self.concurrency - _OWN
+            self._calls = asyncio.Semaphore(min(max(spare, 1), _CALLS))
             self._waiters = Waiters(docket)
             async with self._within(), self._asking() as asked, asked.redis() as redis:
                 await redis.ping()
             async with self._waiters.listening():
                 yield
 
-    def _address(self) -> str:
+    def _address(self) -> tuple[str, dict[str, str]]:
         """Return where the server is, and how to be connected with it."""
         place, _, query = self.url.partition("?")
-        settings = {
-            # A worker's job has one connection at most, and docket itself a few.
-            "max_connections": str(2 * self.concurrency + _CALLS + 10),
+        options = {
+            "max_connections": str(2 * self.concurrency + _CALLS + _OWN),
             # One more try: a connection that lay there may be gone, and nobody knew.
             "retry_on_timeout": "yes",
             "socket_timeout": "5",
             "socket_connect_timeout": "3",
         }
-        return f"{place}?{urlencode(settings | dict(parse_qsl(query)))}"
+        return place, options | dict(parse_qsl(query))
 
     def _working(self, executor: Executor) -> AbstractAsyncContextManager[None]:
         assert self._docket is not None
@@ -157,7 +163,7 @@ class DocketEngine(EngineAdapter):
                 yield self._docket
         except RedisError as error:
             raise EngineUnavailableError(
-                str(self), f"{type(error).__name__}: {error}", instead=_UNAVAILABLE
+                str(self), f"{type(error).__name__}: {error}".rstrip("."), instead=_UNAVAILABLE
             ) from error
 
     async def _enqueue(self, job_id: str, message: Message, options: JobOptions) -> str:
@@ -208,6 +214,13 @@ def _quieten() -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     return record.levelno >= logging.ERROR and not isinstance(error, RedisError)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        return urlsplit(url).scheme in _SCHEMES and bool(parse_url(url))
+    except ValueError:  # an option cannot have that value
+        return False
 
 
 def _check_name(name: object) -> None:

@@ -61,24 +61,21 @@ class Parcel:
         :raises MalformedMessageError: it is none of ours
         """
         try:
-            if fields[b"function"].decode() != FUNCTION:
-                raise MalformedMessageError("it names a function of somebody else's")
-            when = fields[b"when"].decode()
-            datetime.fromisoformat(when)
+            function = fields[b"function"].decode()
             parcel = cls(
                 fields[b"key"].decode(),
                 fields[b"args"].decode(),
-                when,
+                fields[b"when"].decode(),
                 int(fields[b"attempt"]),
                 int(fields[b"generation"]),
             )
+            datetime.fromisoformat(parcel.when)
         except KeyError as error:
             raise MalformedMessageError(f"the field {error.args[0].decode()} is missing") from None
-        except ValueError as error:
-            if isinstance(error, MalformedMessageError):
-                raise
-            # What it says may quote the message.
+        except ValueError:  # whose text may quote the message
             raise MalformedMessageError("a field is not what it has to be") from None
+        if function != FUNCTION:
+            raise MalformedMessageError("it names a function of somebody else's")
         if not parcel.key.startswith(PREFIX) or parcel.attempt < 1:
             raise MalformedMessageError("its key or its attempt is none of ours")
         return parcel

@@ -26,6 +26,7 @@ try:
         current_docket,
         current_execution,
     )
+    from redis.asyncio.connection import parse_url
     from redis.exceptions import RedisError
     from redis.exceptions import TimeoutError as RedisTimeoutError
 except ImportError as error:
@@ -41,6 +42,7 @@ __all__ = [
     "RedisTimeoutError",
     "job_id_of",
     "key_of",
+    "parse_url",
 ]
 
 RunJob: TypeAlias = Callable[[Execution, str], Awaitable[None]]

@@ -31,8 +31,8 @@ _RECONNECT_AFTER = timedelta(seconds=1)
 _RESTART_AFTER = 1.0
 """Seconds before a worker that has ended begins again; twice as many each time."""
 _RESTART_WITHIN = 30.0
-_CANCEL_AGAIN_AFTER = 0.5
-"""Seconds between two tries to end docket's worker: it asks Redis for more as it ends."""
+_CANCEL_AFTER = 0.5
+"""Seconds before docket's worker is cancelled, once more too: it asks Redis for more as it ends."""
 _STORE_AGAIN_AFTER = 0.5
 """Seconds between two tries to store what has become of a job."""
 _FORGOTTEN_AFTER = timedelta(hours=1) / timedelta(milliseconds=1)
@@ -78,20 +78,21 @@ class DocketWorker:
         finally:
             self.pause()
             await self._end(serving)
-            # docket may have left them to themselves.
-            left = [renewing, *self._jobs.values()]
-            for task in left:
-                task.cancel()
-            await asyncio.wait(left, timeout=self._patience)
+            renewing.cancel()
+            await asyncio.wait([renewing])
 
     async def _end(self, serving: asyncio.Task[None]) -> None:
         """Wait until all was stored, but not for ever."""
         done, _ = await asyncio.wait([serving], timeout=self._patience)
-        while not done:
+        if not done:
             logger.warning("What has become of %d jobs cannot be stored", len(self._jobs))
+            for work in self._jobs.values():
+                work.cancel()
+            done, _ = await asyncio.wait([serving], timeout=_CANCEL_AFTER)
+        while not done:
             running = self._running
             (serving if running is None or running.done() else running).cancel()
-            done, _ = await asyncio.wait([serving], timeout=_CANCEL_AGAIN_AFTER)
+            done, _ = await asyncio.wait([serving], timeout=_CANCEL_AFTER)
 
     def pause(self) -> None:
         """Take no more jobs."""
@@ -106,8 +107,8 @@ class DocketWorker:
                 await self._take_jobs()
             except Exception:
                 logger.exception("The worker has failed, and begins again in %g s", wait)
-                await wait_at_most(wait, stopping)
-                wait = min(2 * wait, _RESTART_WITHIN)
+                this_time, wait = wait, min(2 * wait, _RESTART_WITHIN)
+                await wait_at_most(this_time, stopping)
         await self._forget_consumers()
 
     async def _take_jobs(self) -> None:
@@ -137,8 +138,10 @@ class DocketWorker:
     async def _run_job(self, execution: Execution, text: str) -> None:
         """Make one attempt, and store what has come of it."""
         is_cancelled = await self._begin(execution)
-        message_id = execution.message_id
+        task, message_id = asyncio.current_task(), execution.message_id
+        assert task is not None
         assert message_id is not None
+        task.add_done_callback(_retrieve_error)
         work = asyncio.create_task(self._attempt(execution, text, is_cancelled=is_cancelled))
         self._jobs[message_id] = work
         try:
@@ -147,12 +150,15 @@ class DocketWorker:
                     await asyncio.wait([work])
                 except asyncio.CancelledError:
                     if self._docket.stopping.is_set():
-                        raise  # its message stays where it is, for another worker
+                        raise
                     self._executor.cancel(job_id_of(execution.key))
-            work.result()
         finally:
             work.cancel()
             self._jobs.pop(message_id, None)
+        if work.cancelled():
+            # Its message stays where it is, for another worker.
+            raise RedisTimeoutError("Redis was not there when the worker had to end")
+        work.result()
 
     async def _begin(self, execution: Execution) -> bool:
         """Note that an attempt begins; return whether it is not to, as somebody has cancelled."""
@@ -284,3 +290,9 @@ class DocketWorker:
                         await redis.xgroup_delconsumer(stream, group, each["name"])
         except (RedisError, TimeoutError) as error:  # there is no stream yet, or no connection
             logger.debug("Consumers could not be forgotten: %s", error)
+
+
+def _retrieve_error(task: asyncio.Task[None]) -> None:
+    """Have asyncio not complain of an error that docket does not ask for, if it was cancelled."""
+    if not task.cancelled():
+        task.exception()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 60.0
+PATIENCE = 100.0
 DEMO = "scripts/demo.py"
 ROW = re.compile(r" +\d+\.\d +(?P<since_signal>\d+\.\d)? +(?P<what>(?:POST )?\S+ +[a-z]+)")
 

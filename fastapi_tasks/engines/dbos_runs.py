@@ -108,6 +108,9 @@ class Runs:
         return told
 
     async def _in_app(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if self._loop.is_closed():  # before anybody has stopped the engine
+            coroutine.close()
+            await _until_the_end()
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
 
     def _in_loop(self, func: Callable[[str], None], job_id: str) -> None:

@@ -152,6 +152,7 @@ class AdvisorySlots(_Named):
         # Others take locks too: two numbers of 32 bits with a sign make one key.
         self._space = crc32(f"fastapi_tasks:{name}".encode()) - 2**31
         self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
+        self._is_lost = False
 
     def take(self) -> str:
         self._connection = self._connect()
@@ -164,11 +165,13 @@ class AdvisorySlots(_Named):
         assert self._connection is not None
         try:
             self._connection.execute("SELECT 1")
-            return True
         except psycopg.Error:
             self._connection.close()
-        self._connection = self._connect()
-        return self._is_locked_now(self._number)
+            self._connection = self._connect()
+            self._is_lost = True
+        # PostgreSQL may take the session that is gone for one that goes on, for a while.
+        self._is_lost = self._is_lost and not self._is_locked_now(self._number)
+        return not self._is_lost
 
     @contextmanager
     def adopting(self, executor_id: str) -> Generator[bool, None, None]:

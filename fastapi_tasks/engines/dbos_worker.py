@@ -57,6 +57,7 @@ class Worker:
         self._max_recoveries = max_recoveries
         self.runs = Runs(store, executor, on_over=on_over)
         """The jobs that this process has."""
+        self._is_lost = False
 
     async def start(self) -> None:
         """Take the place of this process among the others, and jobs.
@@ -89,10 +90,11 @@ class Worker:
 
         :raises EngineUnavailableError: the database cannot be reached
         """
-        if not await self._store.call(self._slots.is_held):
+        was_lost, self._is_lost = self._is_lost, not await self._store.call(self._slots.is_held)
+        if self._is_lost and not was_lost:
             logger.error(
-                "Another process has taken the place of this one (%s) while it had no connection "
-                "to the database: jobs may run twice. Restart this one",
+                "The place of this process (%s) is somebody else's, since it had no connection to "
+                "the database for a while: until it is free again, jobs may run twice",
                 self._slots.executor_id,
             )
         mine = self._slots.executor_id

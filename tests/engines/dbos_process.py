@@ -30,7 +30,11 @@ def engine_at(url: str, trace: Trace, **settings: Any) -> tuple[DBOSEngine, Jobs
     @engine.task(name="hold")
     async def hold(label: str) -> str:
         trace.note("began", label)
-        await eventually(trace.gate(label).exists)
+        try:
+            await eventually(trace.gate(label).exists)
+        except asyncio.CancelledError:
+            trace.note("was cut off", label)
+            raise
         return label
 
     @engine.task(name="stumble", retry=Retry(OSError, attempts=9, wait_initial=0.3, wait_jitter=0))
@@ -42,12 +46,12 @@ def engine_at(url: str, trace: Trace, **settings: Any) -> tuple[DBOSEngine, Jobs
         await eventually(trace.gate(label).exists)
         return attempt
 
-    @engine.task(name="wait-long", retry=Retry(OSError, wait_initial=1, wait_jitter=0))
-    async def wait_long(label: str) -> int:
+    @engine.task(name="wait-long", retry=Retry(lambda error: float(str(error)), attempts=9))
+    async def wait_long(*waits: float) -> int:
         attempt = current_task().attempt
-        trace.note("began", label)
-        if attempt == 1:
-            raise OSError("it was the first attempt")
+        trace.note("began", "wait-long")
+        if attempt <= len(waits):
+            raise OSError(waits[attempt - 1])
         return attempt
 
     @engine.task(name="fail")
@@ -58,7 +62,6 @@ def engine_at(url: str, trace: Trace, **settings: Any) -> tuple[DBOSEngine, Jobs
     async def cancel_itself(label: str) -> str:
         trace.note("began", label)
         if not trace.gate(label).exists():
-            trace.gate(label).touch()
             current_task().cancel()
             await asyncio.Event().wait()
         return label
@@ -76,7 +79,8 @@ def engine_at(url: str, trace: Trace, **settings: Any) -> tuple[DBOSEngine, Jobs
 async def _serve(url: str, folder: Path, settings: dict[str, Any]) -> None:
     engine, _ = engine_at(url, Trace(folder), **settings)
     async with Supervisor(engines=[engine]):
-        print(f"{os.getpid()} works")
+        sys.stdout.write(f"{os.getpid()} works\n")
+        sys.stdout.flush()
         await asyncio.to_thread(sys.stdin.read)
 
 

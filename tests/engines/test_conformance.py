@@ -484,6 +484,7 @@ async def test_sigterm(kind: Kind, place: Place, trace: Trace) -> None:
     async with kind.running(place, trace) as (engine, jobs):
         running = await engine.enqueue(jobs.hold, "running")
         with working(kind, place, trace, concurrency=1) as worker:
+            await worker.until_ready()
             await trace.until("began", "running")
             waiting = await engine.enqueue(jobs.add, 1)
             worker.terminate()
@@ -500,11 +501,13 @@ async def test_sigterm_deadline(kind: Kind, place: Place, trace: Trace, measured
     async with kind.running(place, trace) as (engine, jobs):
         job = await engine.enqueue(jobs.hold, "long")
         with working(kind, place, trace, shutdown_timeout=1) as worker:
+            await worker.until_ready()
             await trace.until("began")
             worker.terminate()
             assert await worker.status() == 1, worker.log.all()
         ended = time.time()
         with working(kind, place, trace) as other:
+            await other.until_ready()
             again = await trace.until("began", times=2)
             trace.gate("long").touch()
             assert await over(job) == "long"
@@ -550,6 +553,8 @@ async def test_random_kills(kind: Kind, place: Place, trace: Trace, measured: Me
 
         async with kind.running(place, trace, enqueue_timeout=PATIENCE) as (engine, jobs):
             workers = [add_worker(), add_worker()]
+            for worker in workers:
+                await worker.until_ready()
             enqueueing = asyncio.create_task(enqueue_all())
             for kill in range(NUMBER_OF_KILLS):
                 done = (kill + generator.random()) * NUMBER_OF_JOBS / (NUMBER_OF_KILLS + 1)

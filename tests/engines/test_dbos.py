@@ -16,11 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import psycopg
 import pytest
 import sqlalchemy
 
@@ -71,10 +72,25 @@ def url(path: Path) -> str:
     return f"sqlite:///{path}"
 
 
+@pytest.fixture(scope="module")
+def template() -> Generator[str, None, None]:
+    """A PostgreSQL database with DBOS's tables, which take seconds to make."""
+    from dbos import DBOS
+
+    with postgresql_database() as url:
+        DBOS.migrate(url)
+        yield url
+
+
 @pytest.fixture
-def postgresql() -> Generator[str, None, None]:
+def postgresql(template: str) -> Generator[str, None, None]:
     """A PostgreSQL database of the test's own."""
     with postgresql_database() as url:
+        server, _, name = url.rpartition("/")
+        model = template.rpartition("/")[2]
+        with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE {name}".encode())
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {model}".encode())
         yield url
 
 
@@ -307,36 +323,34 @@ def test_a_slot_is_taken_again_after_an_outage(postgresql: str) -> None:
         with taken(slots):
             assert slots.is_held()
             proxy.cut()
-            late = AdvisorySlots("engine", "app", postgresql)
-            eventually_free(late, "app-1")
+            wait_until_free(slots, postgresql)
             assert slots.is_held()  # nobody has taken it meanwhile
             proxy.cut()
-            eventually_free(late, "app-1")
+            wait_until_free(slots, postgresql)
+            late = AdvisorySlots("engine", "app", postgresql)
             with taken(late) as stolen:
                 assert stolen == "app-1"
                 assert not slots.is_held()
+                assert not slots.is_held()  # although it is connected again
+            assert slots.is_held()
 
 
-def eventually_free(slots: AdvisorySlots, executor_id: str) -> None:
+def wait_until_free(slots: AdvisorySlots, url: str) -> None:
     """Wait until PostgreSQL has noticed that the holder of a slot is gone."""
-    deadline = time.monotonic() + PATIENCE
-    slots.take()
-    try:
-        while slots.executor_id != executor_id:
-            assert time.monotonic() < deadline
-            slots.release()
-            slots.take()
-    finally:
-        slots.release()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SELECT pg_advisory_lock(%s, %s)", (slots._space, slots._number))
 
 
 # Processes
 
 
-async def test_two_processes_share_the_jobs(any_url: str, trace: Trace) -> None:
-    """Each one has its own name, and runs as many as it may."""
-    async with running(any_url, trace, concurrency=1) as (engine, jobs):
-        with process(any_url, trace, concurrency=1) as other:
+async def test_two_processes_share_the_jobs(
+    url: str, trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each one has its own name, and runs as many as it may; neither takes what the other has."""
+    monkeypatch.setattr(dbos_engine, "_LOOK", 0.05)
+    async with running(url, trace, concurrency=1) as (engine, jobs):
+        with process(url, trace, concurrency=1) as other:
             handles = [await engine.enqueue(jobs.hold, label) for label in "ab"]
             await trace.until("began", times=2)
             assert {each.pid for each in trace.all("began")} == {os.getpid(), other.pid}
@@ -366,17 +380,17 @@ async def test_a_job_whose_process_is_killed_runs_again_in_a_live_one(
 
 
 async def test_a_job_whose_process_is_killed_runs_again_at_the_next_start(
-    any_url: str, trace: Trace
+    url: str, trace: Trace
 ) -> None:
     """So it does without any other process."""
-    with process(any_url, trace) as doomed:
-        async with running(any_url, trace, worker=False) as (engine, jobs):
+    with process(url, trace) as doomed:
+        async with running(url, trace, worker=False) as (engine, jobs):
             job = await engine.enqueue(jobs.hold, "a")
             await trace.until("began", "a")
             doomed.send_signal(signal.SIGKILL)
             doomed.wait(PATIENCE)
     trace.gate("a").touch()
-    async with running(any_url, trace) as (engine, jobs):
+    async with running(url, trace) as (engine, jobs):
         assert await engine.wait_for(job) == "a"
         assert (await job_info(engine, job.id)).attempt == 1
 
@@ -421,11 +435,11 @@ async def test_a_job_is_run_by_the_version_that_it_was_enqueued_under(
         assert await engine.wait_for(new) == 2
 
 
-async def test_names_part_the_apps_of_one_database(any_url: str, trace: Trace) -> None:
+async def test_names_part_the_apps_of_one_database(url: str, trace: Trace) -> None:
     """Neither sees, runs or purges what is the other's."""
-    async with running(any_url, trace, name="one", worker=False) as (one, jobs):
+    async with running(url, trace, name="one", worker=False) as (one, jobs):
         job = await one.enqueue(jobs.add, 1, 1)
-        async with running(any_url, trace, name="two", keep=0.001) as (two, others):
+        async with running(url, trace, name="two", keep=0.001) as (two, others):
             assert await (await two.enqueue(others.add, 1, 2)).wait() == 3
             assert await two.find(job.id) is None
             assert (await job_info(one, job.id)).status is TaskStatus.PENDING
@@ -631,6 +645,23 @@ async def test_a_thread_that_does_not_end_is_not_waited_for(
         assert (await job_info(engine, job.id)).status is TaskStatus.PENDING
 
 
+def test_jobs_of_an_event_loop_that_was_closed_are_held() -> None:
+    """They have not failed: they run again at the next start."""
+    told: list[None] = []
+
+    async def make() -> dbos_runs.Runs:
+        return dbos_runs.Runs(cast(Any, None), cast(Any, None), on_over=lambda: told.append(None))
+
+    async def attempt(runs: dbos_runs.Runs) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await runs._attempt("a", "", 1)
+        runs._in_loop(runs._note_over, "a")
+
+    asyncio.run(attempt(asyncio.run(make())))
+    assert told == []
+
+
 async def test_who_waits_when_the_engine_stops_is_told(url: str, trace: Trace) -> None:
     """The job goes on another day, and nobody waits for it in vain."""
     async with running(url, trace, worker=False) as (engine, jobs):
@@ -780,21 +811,43 @@ async def test_rows_of_others_are_no_jobs(path: Path, url: str, trace: Trace) ->
 # Attempts and cancelling
 
 
-async def test_jobs_that_wait_long_hold_up_no_others(
-    any_url: str, trace: Trace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They wait elsewhere, and come back for their next attempts."""
-    monkeypatch.setattr(dbos_runs, "_LONG", 0.2)
+async def test_jobs_that_wait_long_hold_up_no_others(any_url: str, trace: Trace) -> None:
+    """They wait elsewhere."""
     async with running(any_url, trace, concurrency=1) as (engine, jobs):
-        job = await engine.enqueue(jobs.wait_long, "a")
-        await trace.until("began", "a")
+        job = await engine.enqueue(jobs.wait_long, 3600)
+        await trace.until("began", "wait-long")
         assert await (await engine.enqueue(jobs.add, 1, 2)).wait() == 3
+        room = store_of(engine).waiting_room
+        await until_row(engine, job.id, status="PENDING", queue_name=room)
         info = await job.info()
         assert (info.status, info.attempt) == (TaskStatus.PENDING, 1)
+        assert await job.cancel()
+
+
+async def test_jobs_that_wait_shortly_stay_where_they_are(url: str, trace: Trace) -> None:
+    """To go and to come back would take longer."""
+    trace.gate("a").touch()
+    async with running(url, trace) as (engine, jobs):
+        job = await engine.enqueue(jobs.stumble, "a")
         assert await job.wait() == 2
+        row = await store_of(engine).row(job.id)
+        assert row is not None
+        assert row.recovery_attempts == 1
+        assert row.queue_name == store_of(engine).name
+
+
+async def test_jobs_that_have_waited_long_come_back(
+    url: str, trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often, each attempt is made once."""
+    monkeypatch.setattr(dbos_runs, "_LONG", 0.1)
+    async with running(url, trace) as (engine, jobs):
+        job = await engine.enqueue(jobs.wait_long, 0.5, 0, 0.5)
+        assert await job.wait() == 4
         steps = store_of(engine).client.list_workflow_steps
         names = [step["function_name"] for step in await asyncio.to_thread(steps, job.id)]
-        assert names == ["attempt", "DBOS.sleep", "attempt"]
+        assert names == ["attempt", "DBOS.sleep"] * 3 + ["attempt"]
+    assert [each.attempt for each in trace.all("began")] == [1, 2, 3, 4]
 
 
 async def test_a_job_that_waits_for_its_next_attempt_survives_a_stop(
@@ -803,7 +856,7 @@ async def test_a_job_that_waits_for_its_next_attempt_survives_a_stop(
     """It goes on with the second one."""
     monkeypatch.setattr(dbos_runs, "_LONG", 0.2)
     async with running(url, trace) as (engine, jobs):
-        job = await engine.enqueue(jobs.wait_long, "a")
+        job = await engine.enqueue(jobs.wait_long, 1)
         await until_row(engine, job.id, queue_name=store_of(engine).waiting_room)
     async with running(url, trace) as (engine, jobs):
         assert await engine.wait_for(job) == 2
@@ -823,21 +876,22 @@ async def test_waiting_goes_on_where_it_is_if_the_database_is_away(
         with monkeypatch.context() as patched:
             for name in ("note", "give_back"):
                 patched.setattr(store_of(engine), name, fail)
-            job = await engine.enqueue(jobs.wait_long, "a")
+            job = await engine.enqueue(jobs.wait_long, 1)
             assert await job.wait() == 2
         assert f"That job {job.id} waits could not be noted" in caplog.text
         with monkeypatch.context() as patched:
-            job = await engine.enqueue(jobs.wait_long, "b")
+            job = await engine.enqueue(jobs.wait_long, 2)
             room = store_of(engine).waiting_room
             await until_row(engine, job.id, status="PENDING", queue_name=room)
             patched.setattr(store_of(engine), "give_back", fail)
             assert await job.wait() == 2  # in the place where it has waited
 
 
-async def test_a_job_in_another_process_is_cancelled(any_url: str, trace: Trace) -> None:
-    """Its row says so at once, and the process notices within a second or two."""
-    async with running(any_url, trace, worker=False) as (engine, jobs):
-        with process(any_url, trace):
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+async def test_a_running_job_is_cancelled(url: str, trace: Trace, where: str) -> None:
+    """Its row says so at once, and another process notices within a second or two."""
+    async with running(url, trace, worker=where == "here") as (engine, jobs):
+        with process(url, trace) if where == "elsewhere" else nullcontext():
             job = await engine.enqueue(jobs.hold, "a")
             await trace.until("began", "a")
             assert await job.cancel()
@@ -849,6 +903,7 @@ async def test_a_job_in_another_process_is_cancelled(any_url: str, trace: Trace)
             assert info.finished is not None
             assert info.created <= info.started <= info.finished
             assert not await job.cancel()
+            await trace.until("was cut off", "a")
 
 
 async def test_a_job_that_is_cancelled_while_it_is_given_back_stays_cancelled(
@@ -890,6 +945,7 @@ async def test_a_job_whose_end_cannot_be_told_is_held(
             assert executor is not None
             await eventually(lambda: job.id not in executor.running)
             await until_row(engine, job.id, status="PENDING")
+    trace.gate("a").touch()
     async with running(url, trace) as (engine, jobs):
         assert await engine.wait_for(job) == "a"
 
@@ -956,15 +1012,15 @@ async def test_a_lost_slot_and_a_mistake_are_told_and_end_nothing(
     monkeypatch.setattr(FileSlots, "is_held", is_held)
     async with running(url, trace):
         await eventually(lambda: "cannot look after its database" in caplog.text)
-    assert "Another process has taken the place of this one (fastapi-tasks-1)" in caplog.text
+    assert "The place of this process (fastapi-tasks-1) is somebody else's" in caplog.text
 
 
 async def test_old_jobs_are_forgotten(
-    any_url: str, trace: Trace, monkeypatch: pytest.MonkeyPatch
+    url: str, trace: Trace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With them go their results and their keys; those that are not over stay."""
     monkeypatch.setattr(dbos_engine, "_LOOK", 0.05)
-    async with running(any_url, trace, keep=math.inf) as (engine, jobs):
+    async with running(url, trace, keep=math.inf) as (engine, jobs):
         old = await engine.using(key="a").enqueue(jobs.add, 1, 1)
         failed = await engine.enqueue(jobs.fail)
         assert await old.wait() == 2
@@ -974,7 +1030,7 @@ async def test_old_jobs_are_forgotten(
         await asyncio.sleep(1.1)  # rows may be dated by whole seconds
         assert await store_of(engine).purge(engine.keep) == 0
         assert await engine.find(old.id) is not None
-    async with running(any_url, trace, keep=0.05) as (engine, jobs):
+    async with running(url, trace, keep=0.05) as (engine, jobs):
         for job in (old, failed):
             await until_gone(engine, job.id)
         assert (await job_info(engine, waiting.id)).status is TaskStatus.PENDING
@@ -998,9 +1054,9 @@ async def test_a_failed_job_is_told_once(
     assert "roof" not in capfd.readouterr().err
 
 
-async def test_progress_is_there_for_everybody(any_url: str, trace: Trace) -> None:
+async def test_progress_is_there_for_everybody(url: str, trace: Trace) -> None:
     """In another process too."""
-    async with running(any_url, trace, worker=False) as (engine, jobs):
+    async with running(url, trace, worker=False) as (engine, jobs):
         job = await engine.enqueue(jobs.add, 1, 1)
         progress = Progress(done=3, total=8, message="drawing")
         await store_of(engine).note_progress(job.id, progress)

@@ -793,6 +793,24 @@ async def test_an_engine_makes_the_attempts(jobs: MemoryEngine) -> None:
     assert [(n, round(at - begun)) for n, at in attempts] == [(1, 0), (2, 10), (3, 30)]
 
 
+async def test_progress_is_seen_by_those_who_ask_for_the_job(jobs: MemoryEngine) -> None:
+    """While it runs, wherever that is."""
+    seen = anyio.Event()
+
+    @jobs.task
+    async def press() -> None:
+        current_task().set_progress(1, 2)
+        await seen.wait()
+
+    async with Supervisor(engines=[jobs]):
+        job = await jobs.enqueue(press)
+        await until(lambda: jobs.rows[job.id].info.progress is not None)
+        info = await job.info()
+        seen.set()
+        await job.wait()
+    assert info.progress == Progress(done=1, total=2)
+
+
 async def test_a_cancelled_job_ends_in_its_worker(jobs: MemoryEngine) -> None:
     """And is cancelled for those who ask for it."""
     begun = anyio.Event()

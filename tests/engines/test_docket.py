@@ -752,8 +752,9 @@ async def test_job_that_outlasts_its_lease(
             bench.open.set()
             await eventually(lambda: caplog.text.count("cannot be stored yet") >= 2)
             await eventually(lambda: "leases of jobs could not be renewed" in caplog.text)
-            await eventually(lambda: not bench.engine.executor.running)  # type: ignore[union-attr]
-            await asyncio.sleep(1)
+            assert bench.engine._docket_worker is not None
+            attempts = bench.engine._docket_worker._attempts
+            await eventually(lambda: not attempts.message_ids)
         assert await over(job) == "held"
         assert (await job.info()).attempt == 2
     assert bench.noted == ["hold 1", "hold 2"]

@@ -1,25 +1,23 @@
-"""The worker of a docket engine: takes jobs from Redis, and stores what becomes of them."""
+"""The worker of a docket engine: takes jobs from Redis, from its start to its end."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import secrets
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
-from docket import Execution, ExecutionState, Worker
+from docket import Worker
 
-from fastapi_tasks.info import Progress
 from fastapi_tasks.observer import logger
 
-from .docket_records import ATTEMPT, BEGUN, CANCELLING, PROGRESS
+from .docket_attempts import Attempts
 from .docket_screen import wait_at_most
-from .docket_wire import JSONDocket, RedisError, RedisTimeoutError, job_id_of
-from .execution import Again, Cancelled, Executor, Failed, Interrupted, Outcome, Succeeded
+from .docket_wire import JSONDocket, RedisError
+from .execution import Executor
 
 __all__ = ["DocketWorker"]
 
@@ -33,8 +31,6 @@ _RESTART_AFTER = 1.0
 _RESTART_WITHIN = 30.0
 _CANCEL_AFTER = 0.5
 """Seconds before docket's worker is cancelled, once more too: it asks Redis for more as it ends."""
-_STORE_AGAIN_AFTER = 0.5
-"""Seconds between two tries to store what has become of a job."""
 _FORGOTTEN_AFTER = timedelta(hours=1) / timedelta(milliseconds=1)
 """Milliseconds after which somebody is forgotten who has not asked for messages."""
 
@@ -59,18 +55,19 @@ class DocketWorker:
         patience: float,
     ) -> None:
         self._docket = docket
-        self._executor = executor
         self._concurrency = concurrency
         self._redelivery_timeout = redelivery_timeout
         self._patience = patience
+        self._attempts = Attempts(
+            docket, executor, store_within=redelivery_timeout, patience=patience
+        )
         self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._jobs: dict[bytes, asyncio.Task[None]] = {}
         self._running: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def working(self) -> AsyncGenerator[None, None]:
         """Take jobs, from entry until :meth:`pause`; what runs at the exit is left to others."""
-        self._docket.run_job = self._run_job
+        self._docket.run_job = self._attempts.run
         serving = asyncio.create_task(self._serve())
         renewing = asyncio.create_task(self._renew_leases())
         try:
@@ -85,9 +82,9 @@ class DocketWorker:
         """Wait until all was stored, but not for ever."""
         done, _ = await asyncio.wait([serving], timeout=self._patience)
         if not done:
-            logger.warning("What has become of %d jobs cannot be stored", len(self._jobs))
-            for work in self._jobs.values():
-                work.cancel()
+            number = len(self._attempts.message_ids)
+            logger.warning("What has become of %d jobs cannot be stored", number)
+            self._attempts.give_up()
             done, _ = await asyncio.wait([serving], timeout=_CANCEL_AFTER)
         while not done:
             running = self._running
@@ -135,127 +132,6 @@ class DocketWorker:
         if not self._docket.stopping.is_set():
             raise RuntimeError("docket's worker has returned")
 
-    async def _run_job(self, execution: Execution, text: str) -> None:
-        """Make one attempt, and store what has come of it."""
-        is_cancelled = await self._begin(execution)
-        task, message_id = asyncio.current_task(), execution.message_id
-        assert task is not None
-        assert message_id is not None
-        task.add_done_callback(_retrieve_error)
-        work = asyncio.create_task(self._attempt(execution, text, is_cancelled=is_cancelled))
-        self._jobs[message_id] = work
-        try:
-            while not work.done():
-                try:
-                    await asyncio.wait([work])
-                except asyncio.CancelledError:
-                    if self._docket.stopping.is_set():
-                        raise
-                    self._executor.cancel(job_id_of(execution.key))
-        finally:
-            work.cancel()
-            self._jobs.pop(message_id, None)
-        if work.cancelled():
-            # Its message stays where it is, for another worker.
-            raise RedisTimeoutError("Redis was not there when the worker had to end")
-        work.result()
-
-    async def _begin(self, execution: Execution) -> bool:
-        """Note that an attempt begins; return whether it is not to, as somebody has cancelled."""
-        key = self._docket.runs_key(execution.key)
-        async with self._docket.redis() as redis, redis.pipeline(transaction=True) as pipeline:
-            pipeline.hexists(key, CANCELLING)
-            pipeline.hset(key, ATTEMPT, execution.attempt)
-            pipeline.hsetnx(key, BEGUN, datetime.now(UTC).isoformat())
-            pipeline.hdel(key, PROGRESS)
-            is_cancelled, *_ = await pipeline.execute()
-        return bool(is_cancelled)
-
-    async def _attempt(self, execution: Execution, text: str, *, is_cancelled: bool) -> None:
-        outcome: Outcome
-        if is_cancelled:
-            outcome = Cancelled()
-        elif self._docket.stopping.is_set():
-            outcome = Interrupted()  # it was read in the moment in which the worker was to stop
-        else:
-            outcome = await self._executor.run(
-                job_id_of(execution.key),
-                text,
-                attempt=execution.attempt,
-                store_progress=functools.partial(self._store_progress, execution),
-            )
-        await self._store_in_time(execution, text, outcome)
-
-    async def _store_progress(self, execution: Execution, progress: Progress) -> None:
-        async with self._docket.redis() as redis:
-            key = self._docket.runs_key(execution.key)
-            await redis.hset(key, PROGRESS, progress.model_dump_json())
-
-    async def _store_in_time(self, execution: Execution, text: str, outcome: Outcome) -> None:
-        """Store what has come of an attempt, if need be when Redis is back.
-
-        :raises RedisError: it was not back before others take the job over
-        """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._redelivery_timeout
-        while True:
-            try:
-                async with asyncio.timeout(self._patience):
-                    await self._store(execution, text, outcome)
-                return
-            except (RedisError, TimeoutError) as error:
-                if loop.time() >= deadline:
-                    raise RedisTimeoutError("Redis was not there in time") from error
-                logger.warning(
-                    "The end of job %s cannot be stored yet: %s", job_id_of(execution.key), error
-                )
-                await asyncio.sleep(_STORE_AGAIN_AFTER)
-
-    async def _store(self, execution: Execution, text: str, outcome: Outcome) -> None:
-        match outcome:
-            case Succeeded(result):
-                # As the key of a result the result itself: both are there at once, and as long.
-                await execution.mark_as_completed(result_key=result)
-            case Failed(error_type, error, refused):
-                if refused:
-                    fields: dict[bytes, bytes | str] = {
-                        b"key": execution.key,
-                        b"args": text,
-                        b"attempt": str(execution.attempt),
-                    }
-                    await self._docket.set_aside(fields, f"{error_type}: {error}")
-                await execution.mark_as_failed(f"{error_type}: {error}")
-            case Cancelled():
-                await execution.mark_as_cancelled()
-            case Again(wait):
-                await self._put_back(execution, text, execution.attempt + 1, wait)
-            case _:  # interrupted
-                await self._put_back(execution, text, execution.attempt, 0.0)
-
-    async def _put_back(self, execution: Execution, text: str, attempt: int, wait: float) -> None:
-        """Have a job run again: its message is replaced in one step."""
-        if await self._is_cancelled(execution):
-            await execution.mark_as_cancelled()
-            return
-        again = self._docket.execution(
-            execution.key,
-            text,
-            when=datetime.now(UTC) + timedelta(seconds=wait),
-            attempt=attempt,
-            generation=execution.generation,
-        )
-        await again.schedule(
-            replace=True,
-            reschedule_message=execution.message_id,
-            expected_generation=execution.generation,
-        )
-
-    async def _is_cancelled(self, execution: Execution) -> bool:
-        key = self._docket.runs_key(execution.key)
-        async with self._docket.redis() as redis:
-            state, asked = await redis.hmget(key, "state", CANCELLING)
-        return asked is not None or state == ExecutionState.CANCELLED.value.encode()
-
     async def _renew_leases(self) -> None:
         """Keep others from taking over what runs here.
 
@@ -264,7 +140,7 @@ class DocketWorker:
         """
         while True:
             await asyncio.sleep(self._redelivery_timeout / 4)
-            if self._jobs:
+            if message_ids := self._attempts.message_ids:
                 try:
                     async with self._docket.redis() as redis:
                         await redis.xclaim(
@@ -272,7 +148,7 @@ class DocketWorker:
                             self._docket.worker_group_name,
                             self._name,
                             min_idle_time=0,
-                            message_ids=list(self._jobs),
+                            message_ids=message_ids,
                             idle=0,
                             justid=True,
                         )
@@ -290,9 +166,3 @@ class DocketWorker:
                         await redis.xgroup_delconsumer(stream, group, each["name"])
         except (RedisError, TimeoutError) as error:  # there is no stream yet, or no connection
             logger.debug("Consumers could not be forgotten: %s", error)
-
-
-def _retrieve_error(task: asyncio.Task[None]) -> None:
-    """Have asyncio not complain of an error that docket does not ask for, if it was cancelled."""
-    if not task.cancelled():
-        task.exception()

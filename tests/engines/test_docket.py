@@ -42,6 +42,7 @@ redis = pytest.importorskip("redis.asyncio")
 
 from fastapi_tasks.engines import (  # noqa: E402 - optional packages
     DocketEngine,
+    docket_attempts,
     docket_records,
     docket_screen,
     docket_wire,
@@ -469,14 +470,14 @@ async def test_read_in_the_last_moment(
 ) -> None:
     """A job that is read while the worker stops is put back, and not begun."""
     first, second = (Bench(prefix, redelivery_timeout=60) for _ in range(2))
-    begin = docket_worker.DocketWorker._begin
+    begin = docket_attempts.Attempts._begin
 
-    async def begin_and_stop(self: docket_worker.DocketWorker, execution: Any) -> bool:
+    async def begin_and_stop(self: docket_attempts.Attempts, execution: Any) -> bool:
         first.engine.pause()
         return await begin(self, execution)
 
     with monkeypatch.context() as patch:
-        patch.setattr(docket_worker.DocketWorker, "_begin", begin_and_stop)
+        patch.setattr(docket_attempts.Attempts, "_begin", begin_and_stop)
         async with first.running():
             job = await first.engine.enqueue(first.add, 1)
             await eventually(lambda: server.hexists(f"{prefix}:runs:job:{job.id}", "attempt"))
@@ -751,8 +752,9 @@ async def test_job_that_outlasts_its_lease(
             bench.open.set()
             await eventually(lambda: caplog.text.count("cannot be stored yet") >= 2)
             await eventually(lambda: "leases of jobs could not be renewed" in caplog.text)
-            await eventually(lambda: not bench.engine.executor.running)  # type: ignore[union-attr]
-            await asyncio.sleep(1)
+            assert bench.engine._docket_worker is not None
+            attempts = bench.engine._docket_worker._attempts
+            await eventually(lambda: not attempts.message_ids)
         assert await over(job) == "held"
         assert (await job.info()).attempt == 2
     assert bench.noted == ["hold 1", "hold 2"]
@@ -818,6 +820,30 @@ async def test_job_that_cannot_be_run(
                 await over(await bench.engine.enqueue(bench.add, 1))
         assert await over(await bench.engine.enqueue(bench.add, 1)) == 3
     assert "could not be run" in caplog.text
+
+
+async def test_worker_that_is_cancelled(prefix: str, server: Any) -> None:
+    """If somebody cancels what docket runs while it stops, the job runs again elsewhere."""
+    first, second = Bench(prefix), Bench(prefix)
+    second.open.set()
+    async with first.running(grace=PATIENCE, shutdown_timeout=2 * PATIENCE):
+        job = await first.engine.enqueue(first.hold)
+        await first.until_noted("hold 1")
+        first.engine.pause()
+        await eventually(lambda: not docket_tasks(prefix, "scheduler"))
+        [task] = docket_tasks(prefix, f"task:job:{job.id}")
+        task.cancel()
+        await asyncio.wait([task])
+    assert task.cancelled()
+    assert await pending(server, prefix) == 1
+    async with second.running():
+        assert await over(Job(second.engine, job.id, "hold")) == "held"
+    assert second.noted == ["hold 2"]
+
+
+def docket_tasks(prefix: str, name: str) -> list[asyncio.Task[Any]]:
+    """Return those that docket has called so."""
+    return [task for task in asyncio.all_tasks() if task.get_name() == f"{prefix} - {name}"]
 
 
 async def test_consumers_are_forgotten(

@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 from sphinx.pycode import ModuleAnalyzer
 
 import fastapi_tasks
+import fastapi_tasks.engines
 import fastapi_tasks.testing
 
 project = "fastapi-tasks"
@@ -27,7 +28,7 @@ autodoc_typehints_format = "short"
 nitpick_ignore_regex = [
     (
         "py:.+",
-        r"(anyio|asyncio|collections|contextvars|datetime|fastapi|opentelemetry|pydantic|starlette|trio|types|typing)\..+",
+        r"(anyio|asyncio|collections|contextlib|contextvars|datetime|fastapi|opentelemetry|pydantic|starlette|trio|types|typing)\..+",
     ),
 ]
 nitpick_ignore = [("py:class", "Context")]
@@ -38,10 +39,14 @@ html_title = project
 # Objects name their public module. That is where Sphinx looks for the docstrings of their
 # attributes, which are in the module that defines them.
 publics = [
-    ModuleAnalyzer.for_module(module.__name__) for module in (fastapi_tasks, fastapi_tasks.testing)
+    ModuleAnalyzer.for_module(module.__name__)
+    for module in (fastapi_tasks, fastapi_tasks.engines, fastapi_tasks.testing)
 ]
 for public in publics:
     public.analyze()
+
+# Each engine is imported when it is named.
+engines = [getattr(fastapi_tasks.engines, name) for name in fastapi_tasks.engines.__all__]
 
 for name, module in sorted(sys.modules.items()):
     if name.partition(".")[0] != fastapi_tasks.__name__:

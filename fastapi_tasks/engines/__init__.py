@@ -38,4 +38,11 @@ def __getattr__(name: str) -> Any:
     # https://peps.python.org/pep-0562/
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    engine = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    engine.__module__ = __name__  # as below
+    return engine
+
+
+# Whoever meets one of the names in a traceback should find the one to import.
+for _public in (BoundEngine, EngineAdapter, Job, JobOptions, JobRecord):
+    _public.__module__ = __name__

@@ -167,6 +167,10 @@ class Proxy:
 
     async def _close(self) -> None:
         assert self._server is not None
+        for listening in self._server.sockets:
+            self._loop.remove_reader(listening.fileno())
+        for _ in range(3):  # in which what was accepted is served: asyncio would else leak it
+            await asyncio.sleep(0)
         self._server.close()
         await self._cut()
 

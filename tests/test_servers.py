@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import DataReceived, Event, StreamEnded
 
+from .promises import Promises
 from .servers import (
     GRANIAN,
     GUNICORN,
@@ -44,7 +45,6 @@ from .servers import (
 )
 
 T = TypeVar("T")
-TestFunction = TypeVar("TestFunction", bound=Callable[..., None])
 EventType = TypeVar("EventType", bound=Event)
 
 ENOUGH = 50
@@ -54,43 +54,9 @@ ENOUGH = 50
 # What is promised, and by whom
 
 
-@dataclass(frozen=True)
-class Promise:
-    """A row of the table in the documentation."""
-
-    text: str
-    """What is promised."""
-    limits: Mapping[Kind, str]
-    """Which servers do not allow it, and why."""
-    kinds: Sequence[Kind]
-    """For which servers it means something."""
-
-
-PROMISES: dict[str, Promise] = {}
+promised = Promises(KINDS)
+PROMISES = promised.rows
 """By the name of the test."""
-
-
-def promised(
-    limits: Mapping[Kind, str] | None = None, kinds: Sequence[Kind] = KINDS
-) -> Callable[[TestFunction], TestFunction]:
-    """Run a test on each server; the first line of its docstring is what is promised.
-
-    :param limits: which servers do not allow it, and why
-    :param kinds: for which servers it means something
-    """
-    limits = limits or {}
-
-    def parametrize(test: TestFunction) -> TestFunction:
-        assert test.__doc__ is not None
-        PROMISES[test.__name__] = Promise(test.__doc__.splitlines()[0], limits, kinds)
-        parameters = []
-        for kind in kinds:
-            limit = pytest.mark.xfail(strict=True, raises=AssertionError, reason=limits.get(kind))
-            marks = [limit] if kind in limits else []
-            parameters.append(pytest.param(kind, id=kind.name, marks=marks))
-        return pytest.mark.parametrize("kind", parameters)(test)
-
-    return parametrize
 
 
 # What tests learn from one process, and share

@@ -9,15 +9,14 @@ import re
 import runpy
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import anyio
@@ -36,14 +35,13 @@ from fastapi_tasks import (
 from fastapi_tasks.engines import EngineAdapter, Job, JobOptions
 from fastapi_tasks.engines.messages import Message
 from tests.clocks import Backend
+from tests.promises import Promises
 from tests.servers import ROOT
 
 from .jobs import Colour, FlakyError, Item, Order, Trace, eventually
 from .kinds import DURABLE, KINDS, Database, Kind, Place
 from .services import PATIENCE, postgresql_database
 from .workers import Worker, working
-
-TestFunction = TypeVar("TestFunction", bound=Callable[..., Any])
 
 NUMBER_OF_JOBS = int(os.environ.get("FASTAPI_TASKS_JOBS", "100"))
 """How many jobs run while workers are killed."""
@@ -53,43 +51,9 @@ NUMBER_OF_KILLS = max(3, NUMBER_OF_JOBS // 50)
 # What is promised, and by whom
 
 
-@dataclass(frozen=True)
-class Promise:
-    """A row of the table in the documentation."""
-
-    text: str
-    """What is promised."""
-    limits: Mapping[Kind, str]
-    """Which engines do not allow it, and why."""
-    kinds: Sequence[Kind]
-    """For which engines it means something."""
-
-
-PROMISES: dict[str, Promise] = {}
+promised = Promises(KINDS)
+PROMISES = promised.rows
 """By the name of the test."""
-
-
-def promised(
-    limits: Mapping[Kind, str] | None = None, kinds: Sequence[Kind] = KINDS
-) -> Callable[[TestFunction], TestFunction]:
-    """Run a test on each engine; the first line of its docstring is what is promised.
-
-    :param limits: which engines do not allow it, and why
-    :param kinds: for which engines it means something
-    """
-    limits = limits or {}
-
-    def parametrize(test: TestFunction) -> TestFunction:
-        assert test.__doc__ is not None
-        PROMISES[test.__name__] = Promise(test.__doc__.splitlines()[0], limits, kinds)
-        parameters = []
-        for kind in kinds:
-            limit = pytest.mark.xfail(strict=True, raises=AssertionError, reason=limits.get(kind))
-            marks = [limit] if kind in limits else []
-            parameters.append(pytest.param(kind, id=kind.name, marks=marks))
-        return pytest.mark.parametrize("kind", parameters)(test)
-
-    return parametrize
 
 
 # What tests have in common

@@ -332,6 +332,7 @@ def test_a_slot_is_taken_again_after_an_outage(postgresql: str) -> None:
                 assert stolen == "app-1"
                 assert not slots.is_held()
                 assert not slots.is_held()  # although it is connected again
+            wait_until_free(slots, postgresql)
             assert slots.is_held()
 
 

@@ -113,11 +113,7 @@ class Connection:
         if find_current_task() is not None:
             # The request was made from within a task, and is not a part of it.
             request_stack.callback(_restore, leave, enter(None))
-        token = _current.set(self)
-        if self._token is None:
-            self._token = token
-        else:  # the same route is attempted again, perhaps in another context
-            request_stack.callback(_restore, _current.reset, token)
+        self._token = _current.set(self)
         self._watch_exit()
         if self.endpoint is None:
             function_stack.push(self._exit_function_stack)

@@ -60,16 +60,12 @@ class TasksBatch(BoundTasks):
         failed = self._failed
         starting = _STARTING_AFTER_FAILURE if failed else _STARTING_AFTER_SUCCESS
         started = False
-        while self._waiting:
-            task = self._take()
-            if task is None:
-                continue
+        while (task := self._take()) is not None:
             if task.config.run_if in starting:
                 self._home.submit(task)
                 started = True
             else:
                 self._drop_unfit(task, failed=failed)
-        self._taken = None
         return started
 
     def has_waiting(self) -> bool:
@@ -87,18 +83,16 @@ class TasksBatch(BoundTasks):
 
         :param reason: why, for the records
         """
-        while self._waiting:
-            task = self._take()
-            if task is not None:
-                self._home.drop(task, reason)
-        self._taken = None
+        while (task := self._take()) is not None:
+            self._home.drop(task, reason)
 
     def _take(self) -> Task | None:
-        """Return the next one, unless another thread is faster."""
+        # Asked for, not looked up before: another thread may be faster.
         try:
             self._taken = self._waiting[0]  # for those who look meanwhile
             return self._waiting.popleft()
         except IndexError:
+            self._taken = None
             return None
 
     def _drop_unfit(self, task: Task, *, failed: bool) -> None:

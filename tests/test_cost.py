@@ -202,7 +202,7 @@ def test_a_request_gives_the_loop_nothing_but_its_tasks(
 
 @pytest.mark.parametrize(
     ("endpoint", "calls"),
-    [(bare, 8), (take, 26), (now, 56), (after_route, 67), (after_response, 63)],
+    [(bare, 8), (take, 26), (now, 56), (after_route, 68), (after_response, 64)],
 )
 def test_a_request_enters_few_functions_of_the_package(
     endpoint: Callable[..., Any], calls: int

@@ -31,7 +31,7 @@ nitpick_ignore_regex = [
         r"(anyio|asyncio|collections|contextlib|contextvars|datetime|fastapi|opentelemetry|pydantic|starlette|trio|types|typing)\..+",
     ),
 ]
-# The second one is in the alias of an error handler, which Sphinx takes apart for an engine's task().
+# The second one is in the alias of an error handler, which Sphinx takes apart for engines.
 nitpick_ignore = [("py:class", "Context"), ("py:class", "fastapi_tasks.tasks.Task")]
 
 html_theme = "furo"

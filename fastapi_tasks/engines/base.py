@@ -90,8 +90,6 @@ class EngineAdapter(ABC):
 
     in_transactions: ClassVar[bool] = False
     """Whether a job can be a part of the user's own transaction."""
-    keeps_results: ClassVar[bool] = True
-    """Whether ``await job.wait()`` returns what the function has returned."""
 
     def __init__(
         self,

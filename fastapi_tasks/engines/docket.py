@@ -8,7 +8,6 @@ import re
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
-from typing import ClassVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from fastapi_tasks.config import Duration, in_seconds, is_wait
@@ -56,8 +55,6 @@ class DocketEngine(EngineAdapter):
         a function decorated with ``asynccontextmanager``
     :raises InvalidSettingError: one of them has a value that it cannot have
     """
-
-    keeps_results: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -269,6 +269,8 @@ def taken(slots: Slots) -> Any:
         finally:
             slots.release()
             slots.release()  # once more does no harm
+            if isinstance(slots, AdvisorySlots):
+                wait_until_free(slots, slots._dsn)
 
     return held()
 
@@ -332,14 +334,16 @@ def test_a_slot_is_taken_again_after_an_outage(postgresql: str) -> None:
                 assert stolen == "app-1"
                 assert not slots.is_held()
                 assert not slots.is_held()  # although it is connected again
-            wait_until_free(slots, postgresql)
             assert slots.is_held()
 
 
 def wait_until_free(slots: AdvisorySlots, url: str) -> None:
     """Wait until PostgreSQL has noticed that the holder of a slot is gone."""
+    slot = (slots._space, slots._number)
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("SELECT pg_advisory_lock(%s, %s)", (slots._space, slots._number))
+        connection.execute("SELECT pg_advisory_lock(%s, %s)", slot)
+        # The end of this session would be noticed as late.
+        connection.execute("SELECT pg_advisory_unlock(%s, %s)", slot)
 
 
 # Processes

@@ -23,7 +23,7 @@ import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import nullcontext, suppress
 from contextvars import ContextVar, copy_context
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -67,14 +67,12 @@ class Runner:
     :param threads: how many sync functions run at once
     """
 
-    __slots__ = ("_observers", "_spawner", "_threads", "_unlimited")
+    __slots__ = ("_observers", "_spawner", "_threads")
 
     def __init__(self, spawner: Spawner, observers: Observers, threads: int) -> None:
         self._spawner = spawner
         self._observers = observers
         self._threads = anyio.CapacityLimiter(threads)
-        # anyio insists on a limiter too; ours comes before it, to know when the thread begins.
-        self._unlimited = anyio.CapacityLimiter(math.inf)
 
     async def run(self, task: Task) -> None:
         """Run a task to its end, error handler included; only ``KeyboardInterrupt`` escapes."""
@@ -125,7 +123,7 @@ class Runner:
     async def _call(self, task: Task, *, is_own: bool) -> Any:
         if task.is_async:
             return await task.func(*task.args, **task.kwargs)
-        limiter = self._threads if task.config.limiter is None else self._unlimited
+        limiter = self._threads if task.config.limiter is None else _NO_LIMIT
         if is_own:
             return await self._run_in_thread(task, _call_of(task), limiter)
         # Somebody else calls it: the task's own cancellation has nothing to do with that.
@@ -223,7 +221,7 @@ class Runner:
                     call.limiter.release_on_behalf_of(call)
                 raise
             self._spawner.spawn(
-                call.run(_call_of(task), self._unlimited),
+                call.run(_call_of(task), _NO_LIMIT),
                 name=task.name,
                 context=copy_context(),
                 over=call.end,
@@ -281,7 +279,7 @@ class Runner:
         # would go on without anybody who waits for it, and its place would be given away.
         task.in_threads += 1
         try:
-            return await _in_thread(call, self._unlimited)
+            return await _in_thread(call, _NO_LIMIT)
         finally:
             task.in_threads -= 1
 
@@ -424,6 +422,36 @@ def _is_held(limiter: anyio.CapacityLimiter, caller: Task | None) -> bool:
             return True
     borrowers = limiter.statistics().borrowers
     return anyio.get_current_task().id in map(id, borrowers)
+
+
+class _NoLimit(anyio.CapacityLimiter):
+    """Lets everybody in, and at once.
+
+    A task has its place before it asks for a thread, to know when that begins, but AnyIO wants a
+    limiter all the same, and to wait for its own costs each call a turn of the event loop.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls) -> Self:
+        return object.__new__(cls)
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(self, *error: object) -> None:
+        return None
+
+    # These two are what trio asks for.
+    # https://trio.readthedocs.io/en/stable/reference-core.html#trio.to_thread.run_sync
+    async def acquire_on_behalf_of(self, borrower: object) -> None:
+        return None
+
+    def release_on_behalf_of(self, borrower: object) -> None:
+        return None
+
+
+_NO_LIMIT = _NoLimit()
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import pytest
 from fastapi import BackgroundTasks, FastAPI
 
@@ -62,6 +64,30 @@ def test_a_task_is_two_callbacks_of_the_event_loop() -> None:
     cost = cost_of_tasks(lambda tasks: tasks.schedule(work))
 
     assert cost.callbacks == 2 * MANY + TURNS
+
+
+def test_a_sync_task_takes_no_more_turns_than_its_thread() -> None:
+    """As many as a bare ``asyncio.Task`` in which AnyIO is asked for a thread."""
+
+    def work_in_thread() -> None:
+        """Do nothing, in a thread."""
+
+    async def main() -> tuple[Cost, Cost]:
+        async with Supervisor() as supervisor:
+            done: set[object] = set()
+            await supervisor.schedule(work_in_thread).wait()  # its thread is used from now on
+            with counted() as ours:
+                for _ in range(MANY):
+                    await supervisor.schedule(work_in_thread).wait()
+            with counted() as bare:
+                for _ in range(MANY):
+                    task = asyncio.create_task(anyio.to_thread.run_sync(work_in_thread))
+                    task.add_done_callback(done.add)
+                    await task
+        return ours, bare
+
+    ours, bare = run(main())
+    assert ours.callbacks == bare.callbacks > MANY
 
 
 def test_a_task_copies_its_context_once() -> None:

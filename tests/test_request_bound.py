@@ -1,7 +1,6 @@
 """Arguments that belong to a request: whoever hands one to a task is warned."""
 
 import functools
-import gc
 import io
 import math
 import sqlite3
@@ -520,7 +519,6 @@ def test_an_endpoint_is_not_kept_alive() -> None:
             tasks.after_route.schedule(weigh, a_request())
         tasks.after_route.schedule(weigh, a_request())
         del endpoint, tasks
-        gc.collect()
         assert gone() is None
 
 

@@ -18,7 +18,10 @@ from .servers import PATIENCE, unmeasured
 
 ROOT = Path(__file__).parents[1]
 SIDES = {
-    "requests": {"background", "background_again", "now", "after_route", "after_response"},
+    "requests": {
+        *("background", "background_again", "raw", "raw_turn"),
+        *("now", "after_route", "after_response"),
+    },
     "flood": {"raw", "flood", "shielded", "configured"},
     "drain": {"raw", "drain"},
 }

@@ -44,6 +44,18 @@ FIGURES = [
         "A against A: one BackgroundTasks task ÷ one BackgroundTasks task",
     ),
     Figure(
+        "requests",
+        "raw",
+        "background",
+        "Request with a bare create_task ÷ one with BackgroundTasks",
+    ),
+    Figure(
+        "requests",
+        "raw_turn",
+        "background",
+        "Request with one, and a turn of the loop ÷ one with BackgroundTasks",
+    ),
+    Figure(
         "requests", "now", "background", "Request with a task now ÷ one with BackgroundTasks", 1.35
     ),
     Figure(

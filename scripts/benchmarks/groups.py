@@ -58,6 +58,9 @@ async def requests(given: Round) -> Values:
         name: given.client(background(work.work, 1), installed=False)
         for name in ("background", "background_again")
     }
+    for name, takes_turn in (("raw", False), ("raw_turn", True)):
+        endpoint = RawTasks().endpoint(work.work, 1, takes_turn=takes_turn)
+        clients[name] = given.client(endpoint, installed=False)
     for how in ("now", "after_route", "after_response"):
         if given.contender.has(how):
             clients[how] = given.scheduling(how, work.work, 1)

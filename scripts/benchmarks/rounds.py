@@ -16,9 +16,9 @@ from .contenders.contender import Contender, Endpoint, Function
 class Size:
     """How much there is to do in a round."""
 
-    requests: int = 20
-    """Requests of a side in a slice."""
-    slices: int = 10
+    requests: int = 100
+    """Requests of a side in a slice: with fewer, the caches are cold, as in no server with load."""
+    slices: int = 3
     """How often each side of short ones comes in a round."""
     tasks: int = 10_000
     few_live: int = 1_000

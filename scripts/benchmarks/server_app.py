@@ -1,20 +1,29 @@
 """The apps that servers serve: one route with a task, and one that tells how many have run.
 
 ``BENCH_CONTENDER`` names a contender as peers.toml does, or is empty for ``BackgroundTasks``;
-``BENCH_HOW`` says when the task starts.
+``BENCH_HOW`` says when the task starts, or which of the plain endpoints it is.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from fastapi import FastAPI
 
 from .client import PATH
-from .contenders.baselines import background, bare
+from .contenders.baselines import awaiting_background, background, bare
+from .contenders.contender import Endpoint, Function
 from .worker import contender_of
 
 RAN_PATH = "/ran"
+
+PLAIN: dict[str, Callable[[Function, int], Endpoint]] = {
+    "nothing": lambda function, count: bare,
+    "background": background,
+    "awaiting": awaiting_background,
+}
+"""The endpoints that know nothing of the contenders."""
 
 
 def create() -> FastAPI:
@@ -31,7 +40,7 @@ def create() -> FastAPI:
         contender.install(app)
         app.get(PATH)(contender.endpoint(how, work, 1))
     else:
-        app.get(PATH)(bare if how == "nothing" else background(work, 1))
+        app.get(PATH)(PLAIN[how](work, 1))
 
     @app.get(RAN_PATH)
     async def tell() -> int:

@@ -42,6 +42,7 @@ class Served:
 APPS = [
     Served("no task", US, "", "nothing"),
     Served("BackgroundTasks", US, "", "background"),
+    Served("BackgroundTasks, in an endpoint that awaits once", US, "", "awaiting"),
     *(
         Served(f"{PEERS[US]['title']}, {how}", US, PEERS[US]["contender"], how)
         for how in ("now", "after_route", "after_response")

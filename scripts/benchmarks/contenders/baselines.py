@@ -35,20 +35,47 @@ def background(function: Function, count: int) -> Endpoint:
     return endpoint
 
 
+def awaiting_background(function: Function, count: int) -> Endpoint:
+    """Return an endpoint with ``BackgroundTasks`` that waits for a turn of the event loop.
+
+    As one that asks a database does: what requests have in common is then held by several at once,
+    and the garbage collector comes.
+    """
+
+    async def endpoint(background: BackgroundTasks) -> int:
+        for number in range(count):
+            background.add_task(function, number)
+        await asyncio.sleep(0)
+        return 1
+
+    return endpoint
+
+
 class RawTasks:
     """``asyncio.create_task`` with what it takes for a task not to be lost."""
 
     def __init__(self) -> None:
         self.live: set[asyncio.Task[Any]] = set()
 
-    def endpoint(self, function: Callable[[int], Coroutine[Any, Any, Any]], count: int) -> Endpoint:
-        """Return an endpoint that makes tasks."""
+    def endpoint(
+        self,
+        function: Callable[[int], Coroutine[Any, Any, Any]],
+        count: int,
+        *,
+        takes_turn: bool = False,
+    ) -> Endpoint:
+        """Return an endpoint that makes tasks.
+
+        :param takes_turn: whether it lets them begin before it returns
+        """
 
         async def endpoint() -> int:
             for number in range(count):
                 task = asyncio.create_task(function(number))
                 self.live.add(task)
                 task.add_done_callback(self.live.discard)
+            if takes_turn:
+                await asyncio.sleep(0)
             return 1
 
         return endpoint

@@ -36,6 +36,7 @@ from .errors import (
     UninitializedReason,
     UnregisteredFunctionError,
     UnsupportedFastAPIError,
+    WorkerLostError,
     WrongEventLoopError,
 )
 from .info import Progress, TaskInfo
@@ -92,6 +93,7 @@ __all__ = [
     "UninitializedReason",
     "UnregisteredFunctionError",
     "UnsupportedFastAPIError",
+    "WorkerLostError",
     "WrongEventLoopError",
     "add_tasks",
     "current_task",

@@ -26,6 +26,7 @@
     ├── TooManyTasksError                   the app has as many tasks as it may (an HTTPException)
     ├── UnregisteredFunctionError           the engine does not know the function (a LookupError)
     ├── UnsupportedFastAPIError             what the package stands on is not there
+    ├── WorkerLostError                     a job has failed since no worker survives it
     └── WrongEventLoopError                 waiting takes place in another event loop
 
 Each class builds its message from data: what came, what was expected, what to write instead.
@@ -66,6 +67,7 @@ __all__ = [
     "UninitializedReason",
     "UnregisteredFunctionError",
     "UnsupportedFastAPIError",
+    "WorkerLostError",
     "WrongEventLoopError",
 ]
 
@@ -455,6 +457,20 @@ class UnsupportedFastAPIError(FastAPITasksError):
             "get_supervisor(app). Inside of one, install a supported FastAPI: "
             "pip install 'fastapi>=0.128'"
         )
+
+
+class WorkerLostError(FastAPITasksError):
+    """A job has failed, since the workers that it was given to were lost: it may have killed them.
+
+    :param deliveries: how many there were
+    """
+
+    def __init__(self, deliveries: int) -> None:
+        super().__init__(
+            f"Of the {deliveries} workers that the job was given to, none has survived it or kept "
+            "in touch: it is not run again"
+        )
+        self.deliveries = deliveries
 
 
 class WrongEventLoopError(FastAPITasksError, RuntimeError):

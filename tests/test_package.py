@@ -70,6 +70,7 @@ def test_the_errors_can_be_sent_to_another_process() -> None:
         errors.TooManyTasksError(1000),
         errors.UnregisteredFunctionError("charge", "jobs"),
         errors.UnsupportedFastAPIError("stack"),
+        errors.WorkerLostError(3),
         errors.WrongEventLoopError(task),
     ]
     kinds = (kind for kind in vars(errors).values() if inspect.isclass(kind))

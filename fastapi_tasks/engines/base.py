@@ -146,7 +146,7 @@ class EngineAdapter(ABC):
         :param timeout: seconds or ``timedelta`` that each attempt may take; by default there is
             no limit
         :param on_error: called in the worker with the task and its error when the last attempt
-            has failed
+            has failed, or, with a ``WorkerLostError``, when too many workers were lost by the job
         :raises InvalidTaskError: it cannot be registered, or one of its parameters cannot be
             written as JSON
         :raises InvalidSettingError: one of the others has a value that it cannot have

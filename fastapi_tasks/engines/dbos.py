@@ -48,8 +48,7 @@ class DBOSEngine(EngineAdapter):
     When a process has died, its jobs run again: at its next start, or within some seconds in
     another process that lives. An attempt that was cut off in this way is made again under the
     same number, and so is one that a shutdown has cut off: ``retry`` counts failures only. For
-    crashes there is ``max_recoveries``; a job that is given up then has failed, without
-    ``on_error``.
+    crashes there is ``max_recoveries``.
 
     A process runs the jobs of one ``DBOSEngine`` at most, and does not use DBOS otherwise. While
     one is started, nothing that DBOS reads in this process is unpickled.
@@ -62,7 +61,7 @@ class DBOSEngine(EngineAdapter):
         only. So it is to change when the jobs that wait must not be run by the new code, and the
         old code is to run on until there are none left of the old version
     :param max_recoveries: how often a job is begun again whose process has died; after that it has
-        failed. 3 by default
+        failed with a ``WorkerLostError``, of which ``on_error`` is told. 3 by default
     :param polling: seconds between two questions for jobs that wait, and for what has become of
         jobs; 0.2 by default. A process begins ``concurrency`` jobs after each, at most
     :param keep: seconds or ``timedelta`` for which a job that is over is remembered, with its

@@ -8,11 +8,21 @@ from datetime import UTC, datetime
 from dbos import WorkflowStatus
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fastapi_tasks.errors import WorkerLostError
 from fastapi_tasks.info import Progress, TaskInfo, TaskStatus, shown_error
 
 from .base import JobRecord
 
-__all__ = ["OVER", "JobError", "Notes", "is_over", "noted_start", "notes_of", "record_of"]
+__all__ = [
+    "OVER",
+    "JobError",
+    "Notes",
+    "is_over",
+    "lost_by",
+    "noted_start",
+    "notes_of",
+    "record_of",
+]
 
 OVER = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 """The states in which nothing becomes of a job any more."""
@@ -54,6 +64,8 @@ class Notes(BaseModel):
     due: float = 0.0
     """When the next one is."""
     progress: Progress | None = None
+    lost: int = 0
+    """How many processes have not survived it, if it is to run no more."""
 
 
 class _Told(BaseModel):
@@ -105,6 +117,12 @@ def record_of(row: WorkflowStatus) -> JobRecord:
     return JobRecord(info, row.output if isinstance(row.output, str) else None)
 
 
+def lost_by(row: WorkflowStatus) -> int:
+    """Return how many processes have not survived a job."""
+    # The last dispatch is the one of now, or the one that was refused.
+    return max((row.recovery_attempts or 1) - 1, notes_of(row).lost)
+
+
 def noted_start(row: WorkflowStatus) -> dict[str, float]:
     """Return what DBOS forgets when a job that has begun begins again, or is cancelled."""
     record = record_of(row)
@@ -114,13 +132,7 @@ def noted_start(row: WorkflowStatus) -> dict[str, float]:
 
 def _error_of(row: WorkflowStatus) -> tuple[str, str]:
     if row.status == "MAX_RECOVERY_ATTEMPTS_EXCEEDED":
-        # The last dispatch is the one that was refused.
-        times = (row.recovery_attempts or 1) - 1
-        text = (
-            f"it was begun {times} times, and each time the process that ran it died; it is not "
-            "begun again, so that it kills no more of them"
-        )
-        return "MaxRecoveriesExceeded", text
+        return shown_error(WorkerLostError(lost_by(row)))
     try:
         told = _Told.model_validate(getattr(row.error, "data", None))
     except ValidationError:

@@ -17,7 +17,7 @@ from dbos import DBOS
 from fastapi_tasks.errors import EngineUnavailableError
 from fastapi_tasks.observer import logger
 
-from .dbos_records import JobError, is_over, noted_start, notes_of
+from .dbos_records import JobError, is_over, lost_by, noted_start, notes_of
 from .dbos_store import Store
 from .execution import Cancelled, Executor, Failed, Interrupted, Succeeded
 
@@ -36,12 +36,21 @@ class Runs:
 
     :param store: the database
     :param executor: runs the jobs, in the event loop that is running now
+    :param max_recoveries: how often a job is begun again whose process has died
     :param on_over: is told of each job that has ended here, in that loop
     """
 
-    def __init__(self, store: Store, executor: Executor, *, on_over: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        executor: Executor,
+        *,
+        max_recoveries: int,
+        on_over: Callable[[], None],
+    ) -> None:
         self._store = store
         self._executor = executor
+        self._max_recoveries = max_recoveries
         self._on_over = on_over
         self._loop = asyncio.get_running_loop()
         self._is_paused = False
@@ -121,13 +130,18 @@ class Runs:
 
     async def _execute(self, job_id: str, text: str, attempt: int) -> dict[str, Any] | None:
         """Make one attempt, and return what is recorded; ``None``: nothing, and the app ends."""
+        lost = await self._lost(job_id)
         if self._is_paused:
             return None
         task = cast("asyncio.Task[Any]", asyncio.current_task())
         self._attempts.add(task)
         task.add_done_callback(self._attempts.discard)
         outcome = await self._executor.run(
-            job_id, text, attempt=attempt, store_progress=partial(self._store.note_progress, job_id)
+            job_id,
+            text,
+            attempt=attempt,
+            store_progress=partial(self._store.note_progress, job_id),
+            lost=lost,
         )
         if isinstance(outcome, Interrupted):
             return None
@@ -141,6 +155,19 @@ class Runs:
         due = time.time() + outcome.wait
         await self._note_failure(job_id, attempt, due)
         return {"due": due}
+
+    async def _lost(self, job_id: str) -> int:
+        """Return how many processes have not survived a job, if it is to run no more."""
+        # DBOS would end such a job where nobody can handle its error. It counts, and tells nobody.
+        try:
+            row = await self._store.row(job_id)
+            lost = 0 if row is None else lost_by(row)
+            if row is None or not (lost > self._max_recoveries or notes_of(row).lost):
+                return 0
+            await self._store.note(job_id, lost=lost)  # DBOS counts anew when it is given back
+        except EngineUnavailableError:
+            return 0
+        return lost
 
     async def _cancel(self, job_id: str) -> bool:
         """Have a job that was cancelled here be cancelled everywhere; ``False`` if that failed."""

@@ -55,7 +55,7 @@ class Worker:
         self._concurrency = concurrency
         self._polling = polling
         self._max_recoveries = max_recoveries
-        self.runs = Runs(store, executor, on_over=on_over)
+        self.runs = Runs(store, executor, max_recoveries=max_recoveries, on_over=on_over)
         """The jobs that this process has."""
         self._is_lost = False
 
@@ -173,7 +173,9 @@ def _launch(config: DBOSConfig, max_recoveries: int) -> None:
             "A DBOSEngine cannot run jobs here, as this process uses DBOS already",
             instead="DBOSEngine(url, worker=False), and a process of its own for its jobs",
         )
-    DBOS.workflow(name=WORKFLOW, max_recovery_attempts=max_recoveries)(_run)
+    # Past the user's own limit, only the error handler runs: as often, if it kills processes too.
+    limit = 2 * max_recoveries + 1
+    DBOS.workflow(name=WORKFLOW, max_recovery_attempts=limit)(_run)
     try:
         DBOS.launch()
     except BaseException:

@@ -44,7 +44,7 @@ class DocketEngine(EngineAdapter):
     :param redelivery_timeout: seconds or ``timedelta`` after which a job is taken over whose
         worker was not heard of; 30 seconds by default
     :param max_deliveries: how many workers an attempt is given to that do not survive it, before
-        the job has failed; 3 by default
+        the job has failed with a ``WorkerLostError``, of which ``on_error`` is told; 3 by default
     :param keep: seconds or ``timedelta`` for which results and records of jobs that are over are
         kept; an hour by default
     :param worker: whether this process runs jobs too, and not only enqueues them

@@ -12,7 +12,7 @@ from fastapi_tasks.info import Progress
 from fastapi_tasks.observer import logger
 
 from .docket_records import ATTEMPT, BEGUN, CANCELLING, PROGRESS
-from .docket_wire import JSONDocket, RedisError, RedisTimeoutError, job_id_of
+from .docket_wire import LOST, JSONDocket, RedisError, RedisTimeoutError, job_id_of
 from .execution import Again, Cancelled, Executor, Failed, Interrupted, Outcome, Succeeded
 
 __all__ = ["Attempts"]
@@ -56,12 +56,13 @@ class Attempts:
         :param text: its message
         :raises RedisError: it could not be stored, and docket has to connect anew
         """
-        is_cancelled = await self._begin(execution)
+        is_cancelled, lost = await self._begin(execution)
         task, message_id = asyncio.current_task(), execution.message_id
         assert task is not None
         assert message_id is not None
         task.add_done_callback(_retrieve_error)
-        work = asyncio.create_task(self._attempt(execution, text, is_cancelled=is_cancelled))
+        attempt = self._attempt(execution, text, lost, is_cancelled=is_cancelled)
+        work = asyncio.create_task(attempt)
         self._work[message_id] = work
         try:
             while not work.done():
@@ -79,18 +80,25 @@ class Attempts:
             raise RedisTimeoutError("Redis was not there when the worker had to end")
         work.result()
 
-    async def _begin(self, execution: Execution) -> bool:
-        """Note that an attempt begins; return whether it is not to, as somebody has cancelled."""
+    async def _begin(self, execution: Execution) -> tuple[bool, int]:
+        """Note that an attempt begins.
+
+        :return: whether it is not to, as somebody has cancelled; and how many workers have not
+            survived the job, if that is what it is to fail of
+        """
         key = self._docket.runs_key(execution.key)
         async with self._docket.redis() as redis, redis.pipeline(transaction=True) as pipeline:
             pipeline.hexists(key, CANCELLING)
+            pipeline.hget(key, LOST)
             pipeline.hset(key, ATTEMPT, execution.attempt)
             pipeline.hsetnx(key, BEGUN, datetime.now(UTC).isoformat())
             pipeline.hdel(key, PROGRESS)
-            is_cancelled, *_ = await pipeline.execute()
-        return bool(is_cancelled)
+            is_cancelled, lost, *_ = await pipeline.execute()
+        return bool(is_cancelled), int(lost or 0)
 
-    async def _attempt(self, execution: Execution, text: str, *, is_cancelled: bool) -> None:
+    async def _attempt(
+        self, execution: Execution, text: str, lost: int, *, is_cancelled: bool
+    ) -> None:
         outcome: Outcome
         if is_cancelled:
             outcome = Cancelled()
@@ -102,6 +110,7 @@ class Attempts:
                 text,
                 attempt=execution.attempt,
                 store_progress=functools.partial(self._store_progress, execution),
+                lost=lost,
             )
         await self._store_in_time(execution, text, outcome)
 

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self, TypeAlias
 
-from fastapi_tasks.errors import MalformedMessageError, MissingPackageError
+from fastapi_tasks.errors import MalformedMessageError, MissingPackageError, WorkerLostError
 from fastapi_tasks.observer import logger
 
 try:
@@ -35,6 +35,7 @@ except ImportError as error:
 from .docket_screen import FUNCTION, PREFIX, Parcel, ScreenedRedis
 
 __all__ = [
+    "LOST",
     "OVER",
     "JSONDocket",
     "JSONExecution",
@@ -50,6 +51,9 @@ RunJob: TypeAlias = Callable[[Execution, str], Awaitable[None]]
 
 OVER = frozenset((ExecutionState.COMPLETED, ExecutionState.FAILED, ExecutionState.CANCELLED))
 """The states in which a job stays."""
+
+LOST = "lost"
+"""In a job's record, how many workers have not survived it, if it is to run no more."""
 
 _REFUSED_AT_MOST = 1000
 """How many refused messages are kept, or a few more."""
@@ -119,7 +123,8 @@ class JSONDocket(Docket):
     :param name: the prefix of its keys in Redis
     :param url: where Redis is
     :param keep: seconds for which Redis keeps what has become of a job
-    :param max_deliveries: how often a message is handed to a worker
+    :param max_deliveries: how often a message is handed to a worker that runs the job; it is
+        handed out as often again to have its error handler run
     """
 
     def __init__(self, name: str, url: str, *, keep: float, max_deliveries: int) -> None:
@@ -194,14 +199,18 @@ class JSONDocket(Docket):
             await self.set_aside(fields, str(error))
             await self._fail(message_id, fields, error)
             return None
-        if deliveries > self._max_deliveries:
-            problem = f"no worker has survived it, or kept in touch, in {deliveries - 1} deliveries"
-            logger.error("Job %s has failed: %s", job_id_of(parcel.key), problem)
+        lost, limit = deliveries - 1, self._max_deliveries
+        if lost >= 2 * limit:
+            job_id, end = job_id_of(parcel.key), WorkerLostError(lost)
+            logger.error("Job %s has failed, and so did its error handler: %s", job_id, end)
             await self.execution(
                 parcel.key, generation=parcel.generation, message_id=message_id
-            ).mark_as_failed(f"WorkerLostError: {problem}")
+            ).mark_as_failed(f"{type(end).__name__}: {end}")
             return None
-        return parcel.fields(attempt=parcel.attempt + deliveries - 1)
+        if lost >= limit:
+            async with self.redis() as redis:
+                await redis.hset(self.runs_key(parcel.key), LOST, lost)
+        return parcel.fields(attempt=parcel.attempt + min(lost, limit - 1))
 
     async def _fail(
         self, message_id: bytes, fields: Mapping[bytes, bytes], error: MalformedMessageError

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import anyio.to_thread
 
@@ -21,6 +21,7 @@ from fastapi_tasks.errors import (
     InvalidArgumentsError,
     MalformedMessageError,
     UnregisteredFunctionError,
+    WorkerLostError,
 )
 from fastapi_tasks.info import Progress, key_of, shown_error
 from fastapi_tasks.observer import logger, report_bad_retry
@@ -30,6 +31,7 @@ from fastapi_tasks.tasks import (
     TaskErrorHandler,
     TaskStatus,
     continue_at,
+    current_task,
     is_over,
     until_over,
 )
@@ -122,7 +124,13 @@ class Executor:
         return tuple(self._tasks)
 
     async def run(
-        self, job_id: str, text: str | bytes, *, attempt: int, store_progress: StoreProgress | None
+        self,
+        job_id: str,
+        text: str | bytes,
+        *,
+        attempt: int,
+        store_progress: StoreProgress | None,
+        lost: int = 0,
     ) -> Outcome:
         """Make one attempt, error handler included, and return what has come of it.
 
@@ -132,6 +140,8 @@ class Executor:
         :param text: its message
         :param attempt: which one it is; the first one is 1
         :param store_progress: by what its progress is stored, if it is
+        :param lost: how many workers have not survived the job, if there are to be no more of
+            them: it fails, and only its error handler runs
         """
         try:
             message = read_message(text)
@@ -142,6 +152,8 @@ class Executor:
             return Failed(*shown_error(error), refused=True)
         handled = _Handled(registered.on_error or self._supervisor.settings.config.on_error)
         task = self._task_of(job_id, message, registered, args, kwargs, attempt, handled)
+        if lost:
+            _fail_in_place_of(task, lost)
         progress = None if store_progress is None else _ProgressWriter(task, store_progress)
         task.on_progress = None if progress is None else self._in_loop(progress.write)
         self._tasks[job_id] = task
@@ -303,6 +315,23 @@ class JobTask(Task):
             except Exception as failure:
                 report_bad_retry(self, failure)
         return self.next_wait
+
+
+def _fail_in_place_of(task: JobTask, lost: int) -> None:
+    """Have a task fail for good instead of running its function.
+
+    :param lost: how many workers have not survived that
+    """
+    func, is_async = task.func, task.is_async
+
+    async def fail(*_args: Any, **_kwargs: Any) -> NoReturn:
+        current = current_task()
+        current.func, current.is_async = func, is_async  # as its error handler expects them
+        del current  # by the error's traceback, the task would lead to itself
+        raise WorkerLostError(lost)
+
+    task.func, task.is_async = fail, True
+    task.wait_after = None
 
 
 class _Handled:

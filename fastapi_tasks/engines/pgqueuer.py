@@ -45,7 +45,8 @@ class PgQueuerEngine(EngineAdapter):
     :param prefix: what the names of its tables begin with; ``fastapi_tasks_`` by default
     :param heartbeat_timeout: seconds or ``timedelta`` after which a worker that gives no sign of
         life is taken for dead, and its jobs are given to others; 30 seconds by default
-    :param max_deliveries: how many workers may die of a job, before it has failed; 3 by default
+    :param max_deliveries: how many workers may die of a job, before it has failed with a
+        ``WorkerLostError``, of which ``on_error`` is told; 3 by default
     :param keep: seconds or ``timedelta`` that jobs are kept, and their keys and results are
         known, when they are over; 7 days by default
     :param connections: how many connections this process has at most; 4 by default

@@ -14,7 +14,8 @@ from pgqueuer.core.qm import QueueManager
 from pgqueuer.domain.models import Context, Job
 from pgqueuer.domain.types import JobId
 
-from fastapi_tasks.info import Progress
+from fastapi_tasks.errors import WorkerLostError
+from fastapi_tasks.info import Progress, shown_error
 from fastapi_tasks.observer import logger
 
 from .execution import Again, Cancelled, Executor, Failed, Interrupted, Outcome, Succeeded
@@ -43,7 +44,7 @@ class WorkerSettings:
     heartbeat: timedelta
     """After which time without a sign of life a worker is taken for dead."""
     max_deliveries: int
-    """How many workers may die of a job."""
+    """How many workers may die of a job, and then as many of its error handler."""
     keep: timedelta
     """How long what is over is kept."""
 
@@ -136,23 +137,21 @@ class Worker:
 
     async def _run_begun(self, job_id: str, deliveries: object, job: Job, context: Context) -> None:
         manager = self._manager
-        outcome = self._refusal(job_id, deliveries)
-        if outcome is None:
-            outcome = await self._execute(job_id, job, context)
+        assert isinstance(deliveries, int)
+        lost, limit = deliveries - 1, self._settings.max_deliveries
+        outcome: Outcome
+        if lost < 2 * limit:
+            outcome = await self._execute(job_id, job, context, lost if lost >= limit else 0)
+        else:
+            error = WorkerLostError(lost)
+            logger.error("Job %s has failed, and so did its error handler: %s", job_id, error)
+            outcome = Failed(*shown_error(error))
         if isinstance(outcome, Again | Interrupted):
             # PgQueuer skips what it takes for running, and the row may come back at once.
             manager.job_context.pop(job.id, None)
         await self._store(job, outcome)
 
-    def _refusal(self, job_id: str, deliveries: object) -> Outcome | None:
-        assert isinstance(deliveries, int)
-        if deliveries <= self._settings.max_deliveries:
-            return None
-        problem = f"no worker has survived it, or kept in touch, in {deliveries - 1} deliveries"
-        logger.error("Job %s has failed: %s", job_id, problem)
-        return Failed("WorkerLostError", problem)
-
-    async def _execute(self, job_id: str, job: Job, context: Context) -> Outcome:
+    async def _execute(self, job_id: str, job: Job, context: Context, lost: int) -> Outcome:
         cancelling = asyncio.create_task(self._cancel_with(context.cancellation, job_id))
         try:
             return await self._executor.run(
@@ -160,6 +159,7 @@ class Worker:
                 job.payload or b"",
                 attempt=job.attempts + 1,
                 store_progress=partial(self._store_progress, job.id),
+                lost=lost,
             )
         finally:
             cancelling.cancel()

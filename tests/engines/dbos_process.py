@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastapi_tasks import Retry, Supervisor, current_task
+from fastapi_tasks import Retry, Supervisor, Task, current_task
 from fastapi_tasks.engines import DBOSEngine
 
 from .jobs import Jobs, Trace, eventually
@@ -26,6 +26,14 @@ def engine_at(url: str, trace: Trace, **settings: Any) -> tuple[DBOSEngine, Jobs
     async def add(left: int, right: int) -> int:
         trace.note("added", f"{left}+{right}")
         return left + right
+
+    async def handle(task: Task, error: Exception) -> None:
+        trace.note("was told", f"{type(error).__name__}", task)
+
+    @engine.task(name="deadly", on_error=handle, retry=Retry(Exception))
+    async def deadly() -> None:
+        trace.note("began", "deadly")
+        await eventually(trace.gate("deadly").exists)
 
     @engine.task(name="hold")
     async def hold(label: str) -> str:
@@ -68,6 +76,7 @@ def engine_at(url: str, trace: Trace, **settings: Any) -> tuple[DBOSEngine, Jobs
 
     return engine, Jobs(
         add=add,
+        deadly=deadly,
         hold=hold,
         stumble=stumble,
         wait_long=wait_long,

@@ -36,7 +36,7 @@ from fastapi_tasks import (
     Supervisor,
     TaskStatus,
 )
-from fastapi_tasks.engines import DBOSEngine, dbos_address, dbos_runs, dbos_slots
+from fastapi_tasks.engines import DBOSEngine, Job, dbos_address, dbos_runs, dbos_slots
 from fastapi_tasks.engines import dbos as dbos_engine
 from fastapi_tasks.engines.dbos_slots import AdvisorySlots, FileSlots, Slots
 from fastapi_tasks.engines.dbos_store import Store
@@ -408,22 +408,96 @@ async def job_info(engine: DBOSEngine, job_id: str) -> Any:
 
 
 async def test_a_job_that_kills_its_process_each_time_is_given_up(
-    url: str, trace: Trace, caplog: pytest.LogCaptureFixture
+    any_url: str, trace: Trace
 ) -> None:
-    """Else it would kill one process after the other, for ever."""
-    with process(url, trace) as doomed:
-        async with running(url, trace, worker=False) as (engine, jobs):
-            job = await engine.enqueue(jobs.hold, "a")
-            await trace.until("began", "a")
+    """Else it would kill one process after the other, for ever. Its error handler is told."""
+    with process(any_url, trace) as doomed:
+        async with running(any_url, trace, worker=False) as (engine, jobs):
+            job = await engine.enqueue(jobs.deadly)
+            await trace.until("began")
             doomed.send_signal(signal.SIGKILL)
             doomed.wait(PATIENCE)
-    async with running(url, trace, max_recoveries=0) as (engine, jobs):
-        with pytest.raises(JobFailedError, match="begun 1 times, and each time the process"):
+    async with running(any_url, trace, max_recoveries=0) as (engine, jobs):
+        with pytest.raises(JobFailedError, match="WorkerLostError: Of the 1 workers"):
             await engine.wait_for(job)
         info = await job_info(engine, job.id)
-        assert (info.status, info.error_type) == (TaskStatus.FAILED, "MaxRecoveriesExceeded")
+        assert (info.status, info.attempt) == (TaskStatus.FAILED, 1)
     assert len(trace.all("began")) == 1
-    assert "MaxRecoveryAttemptsExceeded" in caplog.text or job.id in caplog.text
+    (told,) = trace.all("was told")
+    assert (told.label, told.attempt, told.job_id) == ("WorkerLostError", 1, job.id)
+
+
+async def enqueue_deadly(url: str, path: Path, trace: Trace, *, lost: int) -> str:
+    """Enqueue a job of which so many processes have died, and return its id."""
+    async with running(url, trace, worker=False) as (engine, jobs):
+        job = await engine.enqueue(jobs.deadly)
+    change(path, "UPDATE workflow_status SET recovery_attempts = ?", lost)
+    return job.id
+
+
+@pytest.mark.parametrize(("lost", "is_told"), [(2, True), (3, True), (4, False)])
+async def test_an_error_handler_that_kills_its_process_each_time_is_given_up(
+    url: str, path: Path, trace: Trace, lost: int, is_told: bool
+) -> None:
+    """It is called as often as the job was begun, at most."""
+    job_id = await enqueue_deadly(url, path, trace, lost=lost)
+    async with running(url, trace, max_recoveries=1) as (engine, _):
+        with pytest.raises(JobFailedError, match=f"WorkerLostError: Of the {lost} workers"):
+            await Job(engine, job_id, "deadly").wait()
+    assert trace.all("began") == []
+    assert len(trace.all("was told")) == is_told
+
+
+async def test_a_job_that_was_given_up_is_not_begun_after_a_shutdown(
+    url: str, path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may come before its error handler: DBOS then forgets how often the job was begun."""
+    job_id = await enqueue_deadly(url, path, trace, lost=1)
+    look = dbos_runs.Runs._lost
+
+    async def look_and_pause(self: dbos_runs.Runs, job_id: str) -> int:
+        lost = await look(self, job_id)
+        self.pause()
+        return lost
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dbos_runs.Runs, "_lost", look_and_pause)
+        async with running(url, trace, max_recoveries=0) as (engine, _):
+            await until_noted(engine, job_id, lost=1)
+    assert trace.all() == []
+    async with running(url, trace, max_recoveries=0) as (engine, _):
+        with pytest.raises(JobFailedError, match="WorkerLostError: Of the 1 workers"):
+            await Job(engine, job_id, "deadly").wait()
+    assert trace.all("began") == []
+    assert len(trace.all("was told")) == 1
+
+
+async def until_noted(engine: DBOSEngine, job_id: str, **notes: Any) -> None:
+    """Wait until something is written beside a job's state."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        row = await store_of(engine).row(job_id)
+        if row is not None and notes.items() <= (row.attributes or {}).items():
+            return
+        assert time.monotonic() < deadline, row
+        await asyncio.sleep(0.02)
+
+
+async def test_a_job_runs_if_nobody_can_tell_how_often_it_was_begun(
+    url: str, path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database may be gone for a moment, and DBOS waits for it."""
+    trace.gate("deadly").touch()
+    job_id = await enqueue_deadly(url, path, trace, lost=1)
+
+    async def row(self: Store, job_id: str) -> Any:
+        raise EngineUnavailableError("jobs", "it is gone", instead="Wait")
+
+    monkeypatch.setattr(Store, "row", row)
+    async with running(url, trace, max_recoveries=0) as (engine, _):
+        job: Job[None] = Job(engine, job_id, "deadly")
+        await job.wait()
+    assert len(trace.all("began")) == 1
 
 
 async def test_a_job_is_run_by_the_version_that_it_was_enqueued_under(
@@ -655,7 +729,9 @@ def test_jobs_of_an_event_loop_that_was_closed_are_held() -> None:
     told: list[None] = []
 
     async def make() -> dbos_runs.Runs:
-        return dbos_runs.Runs(cast(Any, None), cast(Any, None), on_over=lambda: told.append(None))
+        return dbos_runs.Runs(
+            cast(Any, None), cast(Any, None), max_recoveries=3, on_over=lambda: told.append(None)
+        )
 
     async def attempt(runs: dbos_runs.Runs) -> None:
         with pytest.raises(TimeoutError):

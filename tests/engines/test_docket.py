@@ -29,6 +29,7 @@ from fastapi_tasks import (
     NoResultError,
     Retry,
     Supervisor,
+    Task,
     TaskStatus,
     current_task,
 )
@@ -96,10 +97,17 @@ class Bench:
         self.noted: list[str] = []
         self.open = asyncio.Event()
 
+        async def handle(task: Task, error: Exception) -> None:
+            self.noted.append(f"{type(error).__name__} {task.attempt}")
+
         @self.engine.task(name="add")
         async def add(left: int, right: int = 2) -> int:
             self.note("add")
             return left + right
+
+        @self.engine.task(name="deadly", retry=Retry(Exception), on_error=handle)
+        async def deadly() -> None:
+            self.note("deadly")
 
         @self.engine.task(name="hold")
         async def hold() -> str:
@@ -129,6 +137,7 @@ class Bench:
             return current_task().attempt
 
         self.add, self.hold, self.stubborn, self.flaky = add, hold, stubborn, flaky
+        self.deadly = deadly
 
     def note(self, what: str) -> None:
         """Note what a job does, and in which attempt."""
@@ -404,19 +413,61 @@ async def test_attempts_across_crashes(
     assert worker.noted == [f"add {attempt}"]
 
 
-async def test_delivery_limit(prefix: str, server: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """A job that no worker survives fails, and says why."""
+@pytest.mark.parametrize("deliveries", [2, 3])
+async def test_delivery_limit(deliveries: int, prefix: str, server: Any) -> None:
+    """A job that no worker survives fails, and its error handler runs, if need be once more."""
     producer, worker = Bench(prefix, worker=False), Bench(prefix, max_deliveries=2)
     async with producer.running():
-        job = await producer.engine.enqueue(producer.add, 1)
-        await lose_worker(server, prefix, deliveries=2)
+        job = await producer.engine.enqueue(producer.deadly)
+        await lose_worker(server, prefix, deliveries=deliveries)
         async with worker.running():
-            with pytest.raises(JobFailedError, match=r"WorkerLostError.*in 2 deliveries"):
+            with pytest.raises(JobFailedError, match=rf"WorkerLostError: Of the {deliveries} w"):
                 await over(job)
             assert await is_done(server, prefix)
-            assert await over(await producer.engine.enqueue(producer.add, 1)) == 3
-    assert worker.noted == ["add 1"]
-    assert f"Job {job.id} has failed" in caplog.text
+            assert (await job.info()).attempt == 2
+            assert await over(await producer.engine.enqueue(producer.deadly)) is None
+    assert worker.noted == ["WorkerLostError 2", "deadly 1"]
+
+
+async def test_delivery_limit_of_the_error_handler(
+    prefix: str, server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A job whose error handler no worker survives either comes to an end, too."""
+    producer, worker = Bench(prefix, worker=False), Bench(prefix, max_deliveries=2)
+    async with producer.running():
+        job = await producer.engine.enqueue(producer.deadly)
+        await lose_worker(server, prefix, deliveries=4)
+        async with worker.running():
+            with pytest.raises(JobFailedError, match="WorkerLostError: Of the 4 workers"):
+                await over(job)
+            assert await is_done(server, prefix)
+    assert worker.noted == []
+    assert f"Job {job.id} has failed, and so did its error handler" in caplog.text
+
+
+async def test_delivery_limit_outlives_a_shutdown(
+    prefix: str, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no worker survives is not run again since a worker ended before the error handler."""
+    producer = Bench(prefix, worker=False)
+    first, second = (Bench(prefix, max_deliveries=1) for _ in range(2))
+    begin = docket_attempts.Attempts._begin
+
+    async def begin_and_stop(self: docket_attempts.Attempts, execution: Any) -> Any:
+        first.engine.pause()
+        return await begin(self, execution)
+
+    async with producer.running():
+        job = await producer.engine.enqueue(producer.deadly)
+        await lose_worker(server, prefix)
+        with monkeypatch.context() as patch:
+            patch.setattr(docket_attempts.Attempts, "_begin", begin_and_stop)
+            async with first.running():
+                await eventually(lambda: server.hexists(f"{prefix}:runs:job:{job.id}", "attempt"))
+        async with second.running():
+            with pytest.raises(JobFailedError, match="WorkerLostError"):
+                await over(job)
+    assert first.noted + second.noted == ["WorkerLostError 1"]
 
 
 async def test_backoff_is_in_redis(prefix: str, server: Any) -> None:
@@ -472,7 +523,7 @@ async def test_read_in_the_last_moment(
     first, second = (Bench(prefix, redelivery_timeout=60) for _ in range(2))
     begin = docket_attempts.Attempts._begin
 
-    async def begin_and_stop(self: docket_attempts.Attempts, execution: Any) -> bool:
+    async def begin_and_stop(self: docket_attempts.Attempts, execution: Any) -> Any:
         first.engine.pause()
         return await begin(self, execution)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -22,6 +24,7 @@ from fastapi_tasks import (
     TaskConfig,
     TaskEventKind,
     TaskStatus,
+    WorkerLostError,
     current_task,
 )
 from fastapi_tasks.engines.execution import (
@@ -65,11 +68,15 @@ class Line:
         """Register the function of all jobs."""
         self.engine.task(name="press", **policy)(fresh(func))
 
-    async def run(self, *, attempt: int = 1, store: Any = None, **message: Any) -> Outcome:
+    async def run(
+        self, *, attempt: int = 1, store: Any = None, lost: int = 0, **message: Any
+    ) -> Outcome:
         """Run one attempt of the job."""
         text = a_message(**({"name": "press", "arguments": {}} | message)).model_dump_json()
         with anyio.fail_after(PATIENCE):
-            return await self.executor.run("5c1f", text, attempt=attempt, store_progress=store)
+            return await self.executor.run(
+                "5c1f", text, attempt=attempt, store_progress=store, lost=lost
+            )
 
     def begin(self, **options: Any) -> asyncio.Task[Outcome]:
         """Begin to run one, beside the caller."""
@@ -374,6 +381,54 @@ async def test_an_error_handler_may_run_the_job_again(line: Line) -> None:
         assert await line.run() == Failed("JammedError", "paper")
     assert runs == [0, 1]
     assert "handler_failed" not in line.kinds
+
+
+@pytest.mark.parametrize("jamming", [jam, jam_in_thread])
+async def test_a_job_that_no_worker_survives_has_its_error_handled(
+    line: Line, caplog: pytest.LogCaptureFixture, jamming: Callable[..., Any]
+) -> None:
+    """Its function is not run, but the handler may do so; there is no further attempt."""
+
+    async def handle(task: Task, error: Exception) -> None:
+        assert isinstance(error, WorkerLostError)
+        with pytest.raises(JammedError):
+            await task()
+        HANDLED.append((task.id, task.status, str(error.deliveries), True))
+
+    line.job(jamming, on_error=handle, retry=Retry(on=Exception))
+    async with line.supervisor:
+        outcome = await line.run(attempt=2, lost=3)
+    assert outcome == Failed("WorkerLostError", str(WorkerLostError(3)))
+    assert HANDLED == [("5c1f", "failed", "3", True)]
+    assert line.kinds == ["scheduled", "started", "failed"]
+    assert "Task press (5c1f) failed in attempt 2" in caplog.text
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+async def test_a_job_that_has_failed_is_let_go(line: Line, lost: int) -> None:
+    """By the reference count, so not with the next garbage collection only."""
+    jobs: list[weakref.ref[Task]] = []
+
+    async def handle(task: Task, error: Exception) -> None:
+        jobs.append(weakref.ref(task))
+
+    line.job(jam, on_error=handle)
+    line.supervisor = Supervisor(engines=[line.engine])  # nobody keeps what is observed
+    async with line.supervisor:
+        gc.disable()
+        try:
+            await line.run(lost=lost)
+            await let_others_run()
+            assert [job() for job in jobs] == [None]
+        finally:
+            gc.enable()
+
+
+async def test_a_job_that_no_worker_survives_may_have_no_error_handler(line: Line) -> None:
+    """It has failed like any other."""
+    line.job(hold)
+    async with line.supervisor:
+        assert await line.run(lost=1) == Failed("WorkerLostError", str(WorkerLostError(1)))
 
 
 async def test_a_handler_that_is_cancelled_before_it_begins_holds_nothing_up(

@@ -24,6 +24,7 @@ from fastapi_tasks import (
     Progress,
     Retry,
     Supervisor,
+    Task,
     TaskInfo,
     TaskStatus,
     current_task,
@@ -705,21 +706,38 @@ async def put_aside(dsn: str, prefix: str, *, deliveries: int) -> None:
     await sql(dsn, f"UPDATE {prefix}jobs SET status = 'running', deliveries = $1", deliveries)
 
 
+@pytest.mark.parametrize(("deliveries", "is_handled"), [(2, True), (3, True), (4, False)])
 async def test_a_job_that_kills_its_workers_is_given_up(
-    dsn: str, make: Make, prefix: str, caplog: pytest.LogCaptureFixture
+    dsn: str,
+    make: Make,
+    prefix: str,
+    caplog: pytest.LogCaptureFixture,
+    deliveries: int,
+    is_handled: bool,
 ) -> None:
-    """It has as many of them as was said."""
+    """It has as many of them as was said, and then its error handler has as many."""
     engine = make(worker=False, max_deliveries=2)
-    double = register_double(engine)
+    noted: list[str] = []
+
+    def handle(task: Task, error: Exception) -> None:
+        noted.append(f"{type(error).__name__} {task.attempt}")
+
+    @engine.task(name="deadly", on_error=handle, retry=Retry(Exception))
+    async def deadly() -> None:
+        noted.append("ran")
+
     async with started(engine):
-        deadly = await engine.enqueue(double, 1)
-        await put_aside(dsn, prefix, deliveries=2)
+        job = await engine.enqueue(deadly)
+        await put_aside(dsn, prefix, deliveries=deliveries)
     engine.worker = True
     async with started(engine):
-        with pytest.raises(JobFailedError, match="WorkerLostError: no worker has survived it"):
-            await over(deadly)
-        assert f"Job {deadly.id} has failed: no worker has survived it" in caplog.text
-        assert (await deadly.info()).attempt == 1
+        with pytest.raises(JobFailedError, match=f"WorkerLostError: Of the {deliveries} workers"):
+            await over(job)
+        assert (await job.info()).attempt == 1
+        assert await over(await engine.enqueue(deadly)) is None
+    assert noted == ["WorkerLostError 1"] * is_handled + ["ran"]
+    untold = f"Job {job.id} has failed, and so did its error handler"
+    assert (untold in caplog.text) is not is_handled
 
 
 async def test_a_job_whose_worker_has_died_runs_elsewhere(

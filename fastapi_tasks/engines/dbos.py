@@ -11,22 +11,21 @@ from datetime import timedelta
 from time import monotonic
 
 from fastapi_tasks.config import Duration, in_seconds, is_wait
-from fastapi_tasks.errors import EngineUnavailableError, InvalidSettingError, MissingPackageError
+from fastapi_tasks.errors import EngineUnavailableError, InvalidSettingError
+from fastapi_tasks.extras import extra
 from fastapi_tasks.observer import logger
 
 from .base import EngineAdapter, JobOptions, JobRecord, Lifespan
 from .execution import Executor
 from .messages import Message
 
-try:
+with extra("dbos", __name__, dbos="dbos", psycopg="psycopg", sqlalchemy="sqlalchemy"):
     from .dbos_address import Address
     from .dbos_guards import guarded
     from .dbos_records import is_over, record_of
     from .dbos_store import Store
     from .dbos_waiting import Waiters
     from .dbos_worker import Worker
-except ModuleNotFoundError as error:
-    raise MissingPackageError(__name__, "dbos", extra="dbos") from error
 
 __all__ = ["DBOSEngine"]
 

@@ -12,13 +12,16 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from fastapi_tasks.config import Duration, in_seconds, is_wait
 from fastapi_tasks.errors import EngineUnavailableError, InvalidSettingError
+from fastapi_tasks.extras import extra
 
 from .base import EngineAdapter, JobOptions, JobRecord, Lifespan
-from .docket_records import CANCELLING, Waiters, record_of
-from .docket_wire import JSONDocket, RedisError, key_of, parse_url
-from .docket_worker import DocketWorker
 from .execution import Executor
 from .messages import Message
+
+with extra("docket", __name__, docket="pydocket", redis="pydocket"):
+    from .docket_records import CANCELLING, Waiters, record_of
+    from .docket_wire import JSONDocket, RedisError, key_of, parse_url
+    from .docket_worker import DocketWorker
 
 __all__ = ["DocketEngine"]
 

@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi_tasks.errors import MalformedMessageError, MissingPackageError
-from fastapi_tasks.observer import logger
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
-try:
-    from redis.exceptions import ConnectionError as RedisConnectionError
-    from redis.exceptions import TimeoutError as RedisTimeoutError
-except ImportError as error:
-    raise MissingPackageError("fastapi_tasks.engines.docket", "pydocket", extra="docket") from error
+from fastapi_tasks.errors import MalformedMessageError
+from fastapi_tasks.observer import logger
 
 if TYPE_CHECKING:
     from .docket_wire import JSONDocket

@@ -14,23 +14,20 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self, TypeAlias
 
-from fastapi_tasks.errors import MalformedMessageError, MissingPackageError, WorkerLostError
-from fastapi_tasks.observer import logger
+from docket import Docket, Execution, ExecutionState, StrikeList
+from docket.dependencies import (
+    CompletionHandler,
+    FailureHandler,
+    TaskOutcome,
+    current_docket,
+    current_execution,
+)
+from redis.asyncio.connection import parse_url
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
-try:
-    from docket import Docket, Execution, ExecutionState, StrikeList
-    from docket.dependencies import (
-        CompletionHandler,
-        FailureHandler,
-        TaskOutcome,
-        current_docket,
-        current_execution,
-    )
-    from redis.asyncio.connection import parse_url
-    from redis.exceptions import RedisError
-    from redis.exceptions import TimeoutError as RedisTimeoutError
-except ImportError as error:
-    raise MissingPackageError("fastapi_tasks.engines.docket", "pydocket", extra="docket") from error
+from fastapi_tasks.errors import MalformedMessageError, WorkerLostError
+from fastapi_tasks.observer import logger
 
 from .docket_screen import FUNCTION, PREFIX, Parcel, ScreenedRedis
 

@@ -11,25 +11,20 @@ from typing import ClassVar
 from urllib.parse import urlsplit
 
 from fastapi_tasks.config import Duration, in_seconds, is_wait
-from fastapi_tasks.errors import (
-    EngineUnavailableError,
-    InvalidSettingError,
-    MissingPackageError,
-)
+from fastapi_tasks.errors import EngineUnavailableError, InvalidSettingError
+from fastapi_tasks.extras import extra
 
 from .base import EngineAdapter, JobOptions, JobRecord, Lifespan
 from .execution import Executor
 from .messages import Message
-from .pgqueuer_database import REFUSED, Database, Row, end
 
-try:
+with extra("pgqueuer", __name__, pgqueuer="pgqueuer", asyncpg="asyncpg"):
+    from .pgqueuer_database import REFUSED, Database, Row, end
     from .pgqueuer_driver import Listener
     from .pgqueuer_store import Builders, Statements, install, interval, record_of
+    from .pgqueuer_waiting import Waiters
     from .pgqueuer_worker import Worker, WorkerSettings
-except ImportError as error:
-    raise MissingPackageError(__name__, "pgqueuer", extra="pgqueuer") from error
-from .pgqueuer_waiting import Waiters
-from .transactions import fetch_by
+    from .transactions import fetch_by
 
 __all__ = ["PgQueuerEngine"]
 

@@ -8,14 +8,9 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, Protocol, TypeAlias
 
-from fastapi_tasks.errors import MissingPackageError
-
-try:
-    asyncpg: Any = import_module("asyncpg")
-except ImportError as error:
-    raise MissingPackageError(__name__, "asyncpg", extra="pgqueuer") from error
-
 __all__ = ["LOST", "REFUSED", "Connection", "Database", "Row", "end", "is_asyncpg"]
+
+asyncpg: Any = import_module("asyncpg")
 
 Row: TypeAlias = Mapping[str, Any]
 """One row of an answer, by the names of its columns."""

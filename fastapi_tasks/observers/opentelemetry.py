@@ -8,15 +8,14 @@ from time import perf_counter
 from typing import Any, TypeAlias, cast
 
 from fastapi_tasks.callables import parts, qualified_name
-from fastapi_tasks.errors import InvalidSettingError, MissingPackageError
+from fastapi_tasks.errors import InvalidSettingError
+from fastapi_tasks.extras import extra
 from fastapi_tasks.observer import TaskEvent, TaskEventKind
 from fastapi_tasks.tasks import Task, find_current_task, is_over
 
-try:
+with extra("opentelemetry", __name__, opentelemetry="opentelemetry-api"):
     from opentelemetry import context as contexts
     from opentelemetry import metrics, trace
-except ImportError as error:
-    raise MissingPackageError(__name__, "opentelemetry-api", extra="opentelemetry") from error
 
 __all__ = ["OpenTelemetryObserver"]
 

@@ -34,6 +34,7 @@ __all__ = [
     "as_tuple",
     "in_seconds",
     "is_amount",
+    "is_count",
     "is_wait",
     "policy_of",
     "task",
@@ -98,7 +99,7 @@ class Retry:
                 "async, that returns a bool or a wait",
                 instead="Retry(on=ConnectionError)",
             )
-        if not _is_count(self.attempts):
+        if not is_count(self.attempts):
             raise InvalidSettingError(
                 "attempts",
                 self.attempts,
@@ -368,21 +369,21 @@ class SupervisorSettings:
                 expected=f"seconds, more than 0 and not less than grace={self.grace}, or None",
                 instead="add_tasks(app, grace=10, shutdown_timeout=25)",
             )
-        if not _is_count(self.threads):
+        if not is_count(self.threads):
             raise InvalidSettingError(
                 "threads",
                 self.threads,
                 expected="a whole number, 1 or more",
                 instead="add_tasks(app, threads=40)",
             )
-        if self.max_tasks is not None and not _is_count(self.max_tasks):
+        if self.max_tasks is not None and not is_count(self.max_tasks):
             raise InvalidSettingError(
                 "max_tasks",
                 self.max_tasks,
                 expected="a whole number, 1 or more, or None",
                 instead="add_tasks(app, max_tasks=1000)",
             )
-        if not _is_count(self.history, least=0):
+        if not is_count(self.history, least=0):
             raise InvalidSettingError(
                 "history",
                 self.history,
@@ -437,7 +438,8 @@ def _is_run_if(value: object) -> bool:
     return isinstance(value, str) and value in _RUN_IF
 
 
-def _is_count(value: object, *, least: int = 1) -> bool:
+def is_count(value: object, *, least: int = 1) -> bool:
+    """Return whether something is a whole number, of a size that a counter can have."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= sys.maxsize
 
 

@@ -19,7 +19,7 @@ from time import time
 from typing import Any, ClassVar, ParamSpec, TypeAlias, TypeVar, overload
 from urllib.parse import urlsplit
 
-from fastapi_tasks.config import Duration, Retry, TaskConfig, in_seconds
+from fastapi_tasks.config import Duration, Retry, TaskConfig, in_seconds, is_amount
 from fastapi_tasks.engine import Enqueueing
 from fastapi_tasks.errors import (
     EngineStateError,
@@ -37,6 +37,7 @@ from .execution import Executor
 from .job import Job
 from .messages import Message, RetryByName
 from .registration import Registered, Registry
+from .settings import check_count
 from .trace import current_trace
 
 __all__ = ["BoundEngine", "EngineAdapter", "JobOptions", "JobRecord", "Lifespan"]
@@ -101,7 +102,7 @@ class EngineAdapter(ABC):
         lifespan: Lifespan | None = None,
     ) -> None:
         self._check_url(url)
-        _check_concurrency(concurrency)
+        check_count("concurrency", concurrency, instead="concurrency=10")
         _check_timeout(enqueue_timeout)
         self.url = url
         """Where the engine keeps its jobs."""
@@ -511,22 +512,8 @@ MAX_KEY = 200
 """How many characters a key has at most: engines have their limits."""
 
 
-def _check_concurrency(concurrency: object) -> None:
-    if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
-        raise InvalidSettingError(
-            "concurrency",
-            concurrency,
-            expected="a whole number, 1 or more",
-            instead="concurrency=10",
-        )
-
-
 def _check_timeout(seconds: object) -> None:
-    if (
-        not isinstance(seconds, (int, float))
-        or isinstance(seconds, bool)
-        or not 0 < seconds < math.inf
-    ):
+    if not is_amount(seconds) or not seconds:
         raise InvalidSettingError(
             "enqueue_timeout",
             seconds,

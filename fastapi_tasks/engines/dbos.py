@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from time import monotonic
 
-from fastapi_tasks.config import Duration, in_seconds, is_wait
+from fastapi_tasks.config import Duration
 from fastapi_tasks.errors import EngineUnavailableError, InvalidSettingError
 from fastapi_tasks.extras import extra
 from fastapi_tasks.observer import logger
@@ -18,6 +18,7 @@ from fastapi_tasks.observer import logger
 from .base import EngineAdapter, JobOptions, JobRecord, Lifespan
 from .execution import Executor
 from .messages import Message
+from .settings import check_count, checked_seconds
 
 with extra("dbos", __name__, dbos="dbos", psycopg="psycopg", sqlalchemy="sqlalchemy"):
     from .dbos_address import Address
@@ -98,17 +99,17 @@ class DBOSEngine(EngineAdapter):
         )
         _check_name(name)
         _check_version(application_version)
-        _check_recoveries(max_recoveries)
-        _check_time("polling", polling)
-        if keep != math.inf:
-            _check_time("keep", keep)
+        check_count(
+            "max_recoveries", max_recoveries, least=0, instead="DBOSEngine(url, max_recoveries=3)"
+        )
         self.application_version = application_version
         """Under which jobs are enqueued, and whose jobs are run here."""
         self.max_recoveries = max_recoveries
         """How often a job is begun again whose process has died."""
-        self.polling = polling
+        self.polling = checked_seconds("polling", polling, instead="DBOSEngine(url, polling=1.0)")
         """Seconds between two questions for jobs that wait."""
-        self.keep = in_seconds(keep)
+        instead = "DBOSEngine(url, keep=1.0)"
+        self.keep = math.inf if keep == math.inf else checked_seconds("keep", keep, instead=instead)
         """Seconds for which a job that is over is remembered."""
         self._name = name
         self._store: Store | None = None
@@ -234,28 +235,4 @@ def _check_version(version: object) -> None:
             version,
             expected="a string that is not empty",
             instead='DBOSEngine(url, application_version="1")',
-        )
-
-
-def _check_time(setting: str, value: object) -> None:
-    if not is_wait(value) or not value:
-        raise InvalidSettingError(
-            setting,
-            value,
-            expected="seconds or a timedelta, more than 0",
-            instead=f"DBOSEngine(url, {setting}=1.0)",
-        )
-
-
-def _check_recoveries(max_recoveries: object) -> None:
-    if (
-        not isinstance(max_recoveries, int)
-        or isinstance(max_recoveries, bool)
-        or max_recoveries < 0
-    ):
-        raise InvalidSettingError(
-            "max_recoveries",
-            max_recoveries,
-            expected="a whole number, 0 or more",
-            instead="DBOSEngine(url, max_recoveries=3)",
         )

@@ -10,13 +10,14 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from fastapi_tasks.config import Duration, in_seconds, is_wait
+from fastapi_tasks.config import Duration
 from fastapi_tasks.errors import EngineUnavailableError, InvalidSettingError
 from fastapi_tasks.extras import extra
 
 from .base import EngineAdapter, JobOptions, JobRecord, Lifespan
 from .execution import Executor
 from .messages import Message
+from .settings import check_count, checked_seconds
 
 with extra("docket", __name__, docket="pydocket", redis="pydocket"):
     from .docket_records import CANCELLING, Waiters, record_of
@@ -80,14 +81,16 @@ class DocketEngine(EngineAdapter):
             lifespan=lifespan,
         )
         _check_name(name)
-        _check_count("max_deliveries", max_deliveries)
+        check_count("max_deliveries", max_deliveries, instead="max_deliveries=3")
         self.name = name
         """What all keys in Redis begin with."""
-        self.redelivery_timeout = _seconds("redelivery_timeout", redelivery_timeout, 30)
+        self.redelivery_timeout = checked_seconds(
+            "redelivery_timeout", redelivery_timeout, least=1, instead="redelivery_timeout=30"
+        )
         """Seconds after which a job is taken over whose worker was not heard of."""
         self.max_deliveries = max_deliveries
         """How many workers an attempt is given to that do not survive it."""
-        self.keep = _seconds("keep", keep, 3600)
+        self.keep = checked_seconds("keep", keep, least=1, instead="keep=3600")
         """Seconds for which results and records of jobs that are over are kept."""
         self._docket: JSONDocket | None = None
         self._waiters: Waiters | None = None
@@ -231,21 +234,3 @@ def _check_name(name: object) -> None:
             expected="1 to 100 letters, digits, dots, dashes and underscores",
             instead='DocketEngine("redis://localhost:6379/0", name="parcels")',
         )
-
-
-def _check_count(setting: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidSettingError(
-            setting, value, expected="a whole number, 1 or more", instead=f"{setting}=3"
-        )
-
-
-def _seconds(setting: str, value: Duration, usual: int) -> float:
-    if not is_wait(value) or in_seconds(value) < 1:
-        raise InvalidSettingError(
-            setting,
-            value,
-            expected="seconds or a timedelta, 1 or more",
-            instead=f"{setting}={usual}",
-        )
-    return in_seconds(value)

@@ -10,13 +10,14 @@ from datetime import timedelta
 from typing import ClassVar
 from urllib.parse import urlsplit
 
-from fastapi_tasks.config import Duration, in_seconds, is_wait
+from fastapi_tasks.config import Duration
 from fastapi_tasks.errors import EngineUnavailableError, InvalidSettingError
 from fastapi_tasks.extras import extra
 
 from .base import EngineAdapter, JobOptions, JobRecord, Lifespan
 from .execution import Executor
 from .messages import Message
+from .settings import check_count, checked_seconds
 
 with extra("pgqueuer", __name__, pgqueuer="pgqueuer", asyncpg="asyncpg"):
     from .pgqueuer_database import REFUSED, Database, Row, end
@@ -77,8 +78,12 @@ class PgQueuerEngine(EngineAdapter):
             lifespan=lifespan,
         )
         _check_prefix(prefix)
-        _check_whole_number("max_deliveries", max_deliveries, least=1)
-        _check_whole_number("connections", connections, least=2)
+        check_count(
+            "max_deliveries", max_deliveries, instead="PgQueuerEngine(dsn, max_deliveries=1)"
+        )
+        check_count(
+            "connections", connections, least=2, instead="PgQueuerEngine(dsn, connections=2)"
+        )
         self._prefix = prefix
         self._heartbeat = _checked("heartbeat_timeout", heartbeat_timeout)
         self._max_deliveries = max_deliveries
@@ -200,29 +205,13 @@ def _check_prefix(prefix: object) -> None:
         )
 
 
-def _check_whole_number(setting: str, value: object, *, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InvalidSettingError(
-            setting,
-            value,
-            expected=f"a whole number, {least} or more",
-            instead=f"PgQueuerEngine(dsn, {setting}={least})",
-        )
-
-
 def _checked(setting: str, duration: Duration) -> timedelta:
     """Return a time as PostgreSQL has it.
 
     :raises InvalidSettingError: it is none, or 0
     """
-    if not is_wait(duration) or not duration:
-        raise InvalidSettingError(
-            setting,
-            duration,
-            expected="seconds or a timedelta, more than 0",
-            instead=f"PgQueuerEngine(dsn, {setting}=30)",
-        )
-    return interval(in_seconds(duration))
+    instead = f"PgQueuerEngine(dsn, {setting}=30)"
+    return interval(checked_seconds(setting, duration, instead=instead))
 
 
 def _is_text(job_id: str) -> bool:

@@ -221,6 +221,17 @@ def test_a_setting_that_cannot_be_is_refused_at_once(url: str, settings: dict[st
         DBOSEngine(url, **settings)
 
 
+def test_times_may_be_timedeltas(url: str) -> None:
+    """As the error says that a wrong one gets; there may be no end to one of them."""
+    engine = DBOSEngine(
+        url,
+        polling=timedelta(seconds=1),  # type: ignore[arg-type]
+        keep=timedelta(hours=1),
+    )
+    assert (engine.polling, engine.keep) == (1, 3600)
+    assert DBOSEngine(url, keep=math.inf).keep == math.inf
+
+
 def test_a_connection_to_postgresql_is_not_waited_for_without_end() -> None:
     """A host that swallows packets is noticed; what the user has set stays."""
     address = dbos_address.Address("postgres://localhost/jobs", connect_timeout=0.5)

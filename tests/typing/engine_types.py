@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from typing import assert_type
+from typing import assert_type, cast
 
 from fastapi import FastAPI
 
@@ -65,6 +65,12 @@ async def the_types_of_a_call_go_into_its_job(jobs: EngineAdapter) -> None:
     assert_type(await (await jobs.enqueue(label, 1, copies=2)).wait(), str)
     assert_type(await jobs.find(job.id), TaskInfo | None)
     assert_type(await jobs.cancel(job.id), bool)
+
+
+async def what_is_scheduled_says_nothing_of_a_job(jobs: EngineAdapter, tasks: Tasks) -> None:
+    task = tasks.schedule(charge, 1)
+    assert_type(await task.wait(), Receipt)
+    assert_type(cast("Job[Receipt]", await task.wait()), Job[Receipt])
 
 
 async def options_change_no_type(jobs: EngineAdapter) -> None:

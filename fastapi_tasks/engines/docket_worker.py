@@ -29,6 +29,8 @@ _RECONNECT_AFTER = timedelta(seconds=1)
 _RESTART_AFTER = 1.0
 """Seconds before a worker that has ended begins again; twice as many each time."""
 _RESTART_WITHIN = 30.0
+_RENEWALS = 4
+"""How often a lease is renewed while it would last."""
 _CANCEL_AFTER = 0.5
 """Seconds before docket's worker is cancelled, once more too: it asks Redis for more as it ends."""
 _FORGOTTEN_AFTER = timedelta(hours=1) / timedelta(milliseconds=1)
@@ -139,7 +141,7 @@ class DocketWorker:
         waits then for what runs.
         """
         while True:
-            await asyncio.sleep(self._redelivery_timeout / 4)
+            await asyncio.sleep(self._redelivery_timeout / _RENEWALS)
             if message_ids := self._attempts.message_ids:
                 try:
                     async with self._docket.redis() as redis:

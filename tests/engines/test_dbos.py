@@ -792,6 +792,9 @@ async def main() -> None:
         await asyncio.sleep(0.2)
 
 asyncio.run(main())
+for thread in threading.enumerate():
+    if thread is not threading.main_thread():
+        thread.join({PATIENCE})  # AnyIO's are told to end, and nobody waits for that
 print(threading.active_count())
 """
     ended = subprocess.run(

@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from datetime import timedelta
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, overload
@@ -16,6 +16,7 @@ import anyio
 
 from .callables import discard, is_async, is_generator, parts, qualified_name
 from .errors import InvalidSettingError, InvalidTaskError
+from .values import Value
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -56,8 +57,7 @@ _POLICY = "__fastapi_tasks_policy__"
 _FuncT = TypeVar("_FuncT", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Retry:
+class Retry(Value):
     """When a task that has failed is run again, and how long it waits before.
 
     The waits are stamina's: before retry number *n* it is ``wait_initial * wait_exp_base ** (n -
@@ -79,10 +79,7 @@ class Retry:
     :raises InvalidSettingError: one of them has a value that it cannot have
     """
 
-    if TYPE_CHECKING:
-        on: RetryOn
-    else:
-        on: RetryOn | None = None  # so that what is missing gets an error of ours
+    on: RetryOn
     attempts: int = 3
     wait_initial: Duration = 0.1
     wait_max: Duration = 5.0
@@ -90,7 +87,30 @@ class Retry:
     wait_exp_base: float = 2.0
     timeout: Duration | None = None
 
-    def __post_init__(self) -> None:
+    if not TYPE_CHECKING:  # who knows the fields knows what this takes
+
+        def __init__(
+            self,
+            on: RetryOn | None = None,  # so that what is missing gets an error of ours
+            attempts: int = 3,
+            wait_initial: Duration = 0.1,
+            wait_max: Duration = 5.0,
+            wait_jitter: Duration = 1.0,
+            wait_exp_base: float = 2.0,
+            timeout: Duration | None = None,
+        ) -> None:
+            vars(self).update(
+                on=on,
+                attempts=attempts,
+                wait_initial=wait_initial,
+                wait_max=wait_max,
+                wait_jitter=wait_jitter,
+                wait_exp_base=wait_exp_base,
+                timeout=timeout,
+            )
+            self._check()
+
+    def _check(self) -> None:
         if not _is_retry_on(self.on):
             raise InvalidSettingError(
                 "on",
@@ -147,8 +167,7 @@ class Retry:
         return f"Retry({_shown(changed)})"
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class TaskConfig:
+class TaskConfig(Value):
     """How a task is to be run; ``None`` means: as the next outer configuration says.
 
     Configurations merge field by field: the app's (``add_tasks(config=)``), then the function's
@@ -182,82 +201,109 @@ class TaskConfig:
     timeout: Duration | None = None
     delay: Duration | None = None
     limiter: anyio.CapacityLimiter | None = None
-    is_plain: bool = field(init=False, repr=False, compare=False)
+    is_plain: bool = field(default=True, init=False, repr=False, compare=False)
     """Whether a task is run once and at once, without a limiter or a limit of time."""
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        name: str | None = None,
+        shield: bool | None = None,
+        on_error: TaskErrorHandler | None = None,
+        run_if: RunIf | None = None,
+        retry: Retry | None = None,
+        timeout: Duration | None = None,
+        delay: Duration | None = None,
+        limiter: anyio.CapacityLimiter | None = None,
+    ) -> None:
         # Checked at run time too: most callers are not type-checked, and a wrong value would
         # otherwise be noticed at a shutdown, when it is too late.
-        if self.name is not None and not _is_text(self.name):
-            raise InvalidSettingError(
-                "name",
-                self.name,
-                expected="a string that is not empty, or None",
-                instead='TaskConfig(name="send-receipt")',
-            )
-        if self.shield is not None and not _is_bool(self.shield):
-            raise InvalidSettingError(
-                "shield",
-                self.shield,
-                expected="True, False or None",
-                instead="TaskConfig(shield=True)",
-            )
-        if self.on_error is not None and not _is_function(self.on_error):
-            discard(self.on_error)
-            raise InvalidSettingError(
-                "on_error",
-                self.on_error,
-                expected="a function that takes the task and its error, or None",
-                instead="TaskConfig(on_error=alert)  # def alert(task: Task, error: Exception)",
-            )
-        if self.run_if is not None and not _is_run_if(self.run_if):
-            raise InvalidSettingError(
-                "run_if",
-                self.run_if,
-                expected='"success", "error", "always" or None',
-                instead='TaskConfig(run_if="always")',
-            )
-        is_plain = (
-            self.retry is None
-            and self.timeout is None
-            and self.delay is None
-            and self.limiter is None
-        )
-        if not is_plain:
-            self._check_control()
-            is_plain = self._has_no_control()
-        object.__setattr__(self, "is_plain", is_plain)
+        values = self.__dict__  # gets what is set alone, so that to merge is to update
+        if name is not None:
+            if not _is_text(name):
+                raise InvalidSettingError(
+                    "name",
+                    name,
+                    expected="a string that is not empty, or None",
+                    instead='TaskConfig(name="send-receipt")',
+                )
+            values["name"] = name
+        if shield is not None:
+            if not _is_bool(shield):
+                raise InvalidSettingError(
+                    "shield",
+                    shield,
+                    expected="True, False or None",
+                    instead="TaskConfig(shield=True)",
+                )
+            values["shield"] = shield
+        if on_error is not None:
+            if not _is_function(on_error):
+                discard(on_error)
+                raise InvalidSettingError(
+                    "on_error",
+                    on_error,
+                    expected="a function that takes the task and its error, or None",
+                    instead="TaskConfig(on_error=alert)  # def alert(task: Task, error: Exception)",
+                )
+            values["on_error"] = on_error
+        if run_if is not None:
+            if not _is_run_if(run_if):
+                raise InvalidSettingError(
+                    "run_if",
+                    run_if,
+                    expected='"success", "error", "always" or None',
+                    instead='TaskConfig(run_if="always")',
+                )
+            values["run_if"] = run_if
+        if not (retry is None and timeout is None and delay is None and limiter is None):
+            self._set_control(retry, timeout, delay, limiter)
 
-    def _check_control(self) -> None:
-        """Check the fields of which most configurations have none."""
-        if self.retry is not None and not _is_retry(self.retry):
-            raise InvalidSettingError(
-                "retry",
-                self.retry,
-                expected="a Retry or None",
-                instead="TaskConfig(retry=Retry(on=ConnectionError))",
-            )
-        if self.timeout is not None and not _is_duration(self.timeout, is_positive=True):
-            raise InvalidSettingError(
-                "timeout",
-                self.timeout,
-                expected="seconds or a timedelta, more than 0, or None",
-                instead="TaskConfig(timeout=30)",
-            )
-        if self.delay is not None and not is_wait(self.delay):
-            raise InvalidSettingError(
-                "delay",
-                self.delay,
-                expected="seconds or a timedelta, 0 or more, or None",
-                instead="TaskConfig(delay=60)",
-            )
-        if self.limiter is not None and not _is_limiter(self.limiter):
-            raise InvalidSettingError(
-                "limiter",
-                self.limiter,
-                expected="an anyio.CapacityLimiter or None",
-                instead="TaskConfig(limiter=anyio.CapacityLimiter(5))",
-            )
+    def _set_control(
+        self,
+        retry: Retry | None,
+        timeout: Duration | None,
+        delay: Duration | None,
+        limiter: anyio.CapacityLimiter | None,
+    ) -> None:
+        """Check and set the fields of which most configurations have none."""
+        values = self.__dict__
+        if retry is not None:
+            if not _is_retry(retry):
+                raise InvalidSettingError(
+                    "retry",
+                    retry,
+                    expected="a Retry or None",
+                    instead="TaskConfig(retry=Retry(on=ConnectionError))",
+                )
+            values["retry"] = retry
+        if timeout is not None:
+            if not _is_duration(timeout, is_positive=True):
+                raise InvalidSettingError(
+                    "timeout",
+                    timeout,
+                    expected="seconds or a timedelta, more than 0, or None",
+                    instead="TaskConfig(timeout=30)",
+                )
+            values["timeout"] = timeout
+        if delay is not None:
+            if not is_wait(delay):
+                raise InvalidSettingError(
+                    "delay",
+                    delay,
+                    expected="seconds or a timedelta, 0 or more, or None",
+                    instead="TaskConfig(delay=60)",
+                )
+            values["delay"] = delay
+        if limiter is not None:
+            if not _is_limiter(limiter):
+                raise InvalidSettingError(
+                    "limiter",
+                    limiter,
+                    expected="an anyio.CapacityLimiter or None",
+                    instead="TaskConfig(limiter=anyio.CapacityLimiter(5))",
+                )
+            values["limiter"] = limiter
+        values["is_plain"] = self._has_no_control()
 
     def _has_no_control(self) -> bool:
         """Return whether these fields do nothing."""
@@ -299,18 +345,12 @@ class TaskConfig:
             return inner
         # Not by its class, which would check again what both have checked, for every task that is
         # scheduled with a configuration of its own.
-        merged: TaskConfig = object.__new__(TaskConfig)
-        put = object.__setattr__
-        put(merged, "name", self.name if inner.name is None else inner.name)
-        put(merged, "shield", self.shield if inner.shield is None else inner.shield)
-        put(merged, "on_error", self.on_error if inner.on_error is None else inner.on_error)
-        put(merged, "run_if", self.run_if if inner.run_if is None else inner.run_if)
-        put(merged, "retry", self.retry if inner.retry is None else inner.retry)
-        put(merged, "timeout", self.timeout if inner.timeout is None else inner.timeout)
-        put(merged, "delay", self.delay if inner.delay is None else inner.delay)
-        put(merged, "limiter", self.limiter if inner.limiter is None else inner.limiter)
-        is_plain = (self.is_plain and inner.is_plain) or merged._has_no_control()
-        put(merged, "is_plain", is_plain)
+        merged = object.__new__(TaskConfig)
+        values = merged.__dict__
+        values.update(self.__dict__)
+        values.update(inner.__dict__)
+        if not (self.is_plain and inner.is_plain):
+            values["is_plain"] = merged._has_no_control()
         return merged
 
 
@@ -318,31 +358,40 @@ INHERIT_ALL = TaskConfig()
 """The configuration that sets nothing: what there is before anybody configured anything."""
 
 
-@dataclass(frozen=True, slots=True)
-class SupervisorSettings:
+class SupervisorSettings(Value):
     """What ``add_tasks`` takes, checked; its meanings are told at :class:`Supervisor`.
 
     :raises InvalidSettingError: one of them has a value that it cannot have
     """
 
-    config: TaskConfig = INHERIT_ALL
-    observers: tuple[TaskObserver, ...] = field(default=(), repr=False)
-    grace: float = 0.0
-    shutdown_timeout: float | None = None
-    threads: int = 40
-    max_tasks: int | None = None
-    history: int = 100
-    engines: tuple[Engine, ...] = field(default=(), repr=False)
+    config: TaskConfig
+    observers: tuple[TaskObserver, ...] = field(repr=False)
+    grace: float
+    shutdown_timeout: float | None
+    threads: int
+    max_tasks: int | None
+    history: int
+    engines: tuple[Engine, ...] = field(repr=False)
 
-    def __post_init__(self) -> None:
-        if not _is_config(self.config):
+    def __init__(
+        self,
+        config: TaskConfig = INHERIT_ALL,
+        observers: tuple[TaskObserver, ...] = (),
+        grace: float = 0.0,
+        shutdown_timeout: float | None = None,
+        threads: int = 40,
+        max_tasks: int | None = None,
+        history: int = 100,
+        engines: tuple[Engine, ...] = (),
+    ) -> None:
+        if not _is_config(config):
             raise InvalidSettingError(
                 "config",
-                self.config,
+                config,
                 expected="a TaskConfig or None",
                 instead="add_tasks(app, config=TaskConfig(on_error=alert))",
             )
-        for observer in self.observers:
+        for observer in observers:
             if not _is_function(observer) or is_async(observer):
                 raise InvalidSettingError(
                     "observers",
@@ -350,46 +399,56 @@ class SupervisorSettings:
                     expected="functions, not coroutine functions, that take a TaskEvent",
                     instead="add_tasks(app, observers=[count_failures])",
                 )
-        for engine in self.engines:
+        for engine in engines:
             if isinstance(engine, type) or not callable(getattr(engine, "prepare", None)):
                 expected, instead = _SEQUENCES["engines"]
                 raise InvalidSettingError("engines", engine, expected=expected, instead=instead)
-        if not _is_seconds(self.grace) or self.grace == math.inf:
+        if not _is_seconds(grace) or grace == math.inf:
             raise InvalidSettingError(
                 "grace",
-                self.grace,
+                grace,
                 expected="seconds, 0 or more",
                 instead="add_tasks(app, grace=10)",
             )
-        limit = self.shutdown_timeout
-        if limit is not None and (not _is_seconds(limit) or limit == 0 or limit < self.grace):
+        limit = shutdown_timeout
+        if limit is not None and (not _is_seconds(limit) or limit == 0 or limit < grace):
             raise InvalidSettingError(
                 "shutdown_timeout",
                 limit,
-                expected=f"seconds, more than 0 and not less than grace={self.grace}, or None",
+                expected=f"seconds, more than 0 and not less than grace={grace}, or None",
                 instead="add_tasks(app, grace=10, shutdown_timeout=25)",
             )
-        if not is_count(self.threads):
+        if not is_count(threads):
             raise InvalidSettingError(
                 "threads",
-                self.threads,
+                threads,
                 expected="a whole number, 1 or more",
                 instead="add_tasks(app, threads=40)",
             )
-        if self.max_tasks is not None and not is_count(self.max_tasks):
+        if max_tasks is not None and not is_count(max_tasks):
             raise InvalidSettingError(
                 "max_tasks",
-                self.max_tasks,
+                max_tasks,
                 expected="a whole number, 1 or more, or None",
                 instead="add_tasks(app, max_tasks=1000)",
             )
-        if not is_count(self.history, least=0):
+        if not is_count(history, least=0):
             raise InvalidSettingError(
                 "history",
-                self.history,
+                history,
                 expected="a whole number, 0 or more",
                 instead="add_tasks(app, history=100)",
             )
+        vars(self).update(
+            config=config,
+            observers=observers,
+            grace=grace,
+            shutdown_timeout=shutdown_timeout,
+            threads=threads,
+            max_tasks=max_tasks,
+            history=history,
+            engines=engines,
+        )
 
 
 def in_seconds(duration: Duration) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import itemgetter
 
 import anyio
@@ -12,6 +11,7 @@ import anyio
 from .live import LiveTasks
 from .observer import Observers, TaskEvent, TaskEventKind
 from .tasks import Task, TaskStatus, is_over
+from .values import Value
 
 __all__ = ["SHUTTING_DOWN", "Drain", "DrainPlan", "DrainReport"]
 
@@ -27,34 +27,28 @@ WARN_EVERY = 10.0
 """Seconds between two records of whom a drain still waits for."""
 
 
-@dataclass(frozen=True, slots=True)
 class DrainPlan:
-    """The moments of a drain, in seconds from its start."""
+    """The moments of a drain, in seconds from its start.
 
-    cancel_unshielded: float
-    """When what may be lost is cancelled."""
-    abandon_unshielded: float
-    """When what may be lost and has not ended is given up."""
-    cancel_shielded: float
-    """When what must not be lost is cancelled all the same; infinite without a deadline."""
-    abandon_all: float
-    """The deadline; infinite without one."""
+    :param grace: seconds in which every task may end by itself
+    :param shutdown_timeout: seconds after which all is over; ``None``: for ever
+    """
 
-    @classmethod
-    def of(cls, grace: float, shutdown_timeout: float | None) -> DrainPlan:
-        """Work out the moments.
-
-        :param grace: seconds in which every task may end by itself
-        :param shutdown_timeout: seconds after which all is over; ``None``: for ever
-        """
+    def __init__(self, grace: float, shutdown_timeout: float | None) -> None:
         deadline = math.inf if shutdown_timeout is None else shutdown_timeout
         last_call = deadline if deadline == math.inf else deadline - min(CLEANUP, deadline / 2)
         cancel = min(grace, last_call)
-        return cls(cancel, min(cancel + CLEANUP, deadline), last_call, deadline)
+        self.cancel_unshielded = cancel
+        """When what may be lost is cancelled."""
+        self.abandon_unshielded = min(cancel + CLEANUP, deadline)
+        """When what may be lost and has not ended is given up."""
+        self.cancel_shielded = last_call
+        """When what must not be lost is cancelled all the same; infinite without a deadline."""
+        self.abandon_all = deadline
+        """The deadline; infinite without one."""
 
 
-@dataclass(frozen=True, slots=True)
-class DrainReport:
+class DrainReport(Value):
     """What became of the tasks that were there when a drain began, or came while it went on."""
 
     finished: tuple[Task, ...]
@@ -67,6 +61,22 @@ class DrainReport:
     """Those that were dropped before they began."""
     duration: float
     """How long the drain took, in seconds."""
+
+    def __init__(
+        self,
+        finished: tuple[Task, ...],
+        cancelled: tuple[Task, ...],
+        abandoned: tuple[Task, ...],
+        never_started: tuple[Task, ...],
+        duration: float,
+    ) -> None:
+        vars(self).update(
+            finished=finished,
+            cancelled=cancelled,
+            abandoned=abandoned,
+            never_started=never_started,
+            duration=duration,
+        )
 
     def __str__(self) -> str:
         return (

@@ -8,12 +8,12 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from .callables import qualified_name
+from .values import Value
 
 if TYPE_CHECKING:
     from .drain import DrainReport
@@ -50,24 +50,43 @@ class TaskEventKind(StrEnum):
     DRAIN_FINISHED = "drain_finished"
 
 
-@dataclass(frozen=True, slots=True)
-class TaskEvent:
+class TaskEvent(Value):
     """Something that happened to a task, or to all of them."""
 
     kind: TaskEventKind
     """What happened."""
-    tasks: tuple[Task, ...] = ()
+    tasks: tuple[Task, ...]
     """Whom it happened to: one task, or in the steps of a drain all that the step is about."""
-    error: BaseException | None = None
+    error: BaseException | None
     """What the function or its error handler raised."""
-    reason: str = ""
+    reason: str
     """Why the task was cancelled or dropped."""
-    wait: float = 0.0
+    wait: float
     """Seconds until the next attempt, if the task is retried."""
-    expected: bool = False
+    expected: bool
     """Whether the task was dropped because its ``run_if`` asks for that."""
-    report: DrainReport | None = None
+    report: DrainReport | None
     """What came of the drain, when it has finished."""
+
+    def __init__(
+        self,
+        kind: TaskEventKind,
+        tasks: tuple[Task, ...] = (),
+        error: BaseException | None = None,
+        reason: str = "",
+        wait: float = 0.0,
+        expected: bool = False,
+        report: DrainReport | None = None,
+    ) -> None:
+        vars(self).update(
+            kind=kind,
+            tasks=tasks,
+            error=error,
+            reason=reason,
+            wait=wait,
+            expected=expected,
+            report=report,
+        )
 
     @property
     def task(self) -> Task:

@@ -9,7 +9,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from threading import RLock
 from typing import Any, cast
 from weakref import WeakValueDictionary, ref
@@ -28,7 +27,6 @@ class RequestBoundArgumentWarning(UserWarning):
     """
 
 
-@dataclass(frozen=True)
 class _Kind:
     """Instances of one class, which belong to a request.
 
@@ -38,10 +36,11 @@ class _Kind:
     :param instead: what to pass
     """
 
-    package: str
-    shown: str
-    fate: str
-    instead: str
+    def __init__(self, package: str, shown: str, fate: str, instead: str) -> None:
+        self.package = package
+        self.shown = shown
+        self.fate = fate
+        self.instead = instead
 
 
 def _starlette(shown: str, fate: str, instead: str) -> _Kind:

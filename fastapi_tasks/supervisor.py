@@ -438,7 +438,7 @@ class Supervisor(ImmediateTasks):
         self._inbox.take()
         live.end_responses()
         self._state = _DRAINING
-        plan = DrainPlan.of(self.settings.grace, self.settings.shutdown_timeout)
+        plan = DrainPlan(self.settings.grace, self.settings.shutdown_timeout)
         drain = self._drain = Drain(live, self._observers, plan, self._close)
         self._engines.pause()
         try:

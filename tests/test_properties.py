@@ -212,7 +212,7 @@ def test_the_moments_of_a_drain_come_in_order(grace: float, more: float | None) 
     limit = None if more is None else grace + more
     deadline = math.inf if limit is None else limit
 
-    plan = DrainPlan.of(grace, limit)
+    plan = DrainPlan(grace, limit)
 
     assert 0 <= plan.cancel_unshielded <= plan.abandon_unshielded <= plan.abandon_all
     assert plan.cancel_unshielded <= plan.cancel_shielded <= plan.abandon_all == deadline

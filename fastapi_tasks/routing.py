@@ -10,7 +10,6 @@ from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeAlias, TypeGuard, cast, get_args
 from weakref import WeakValueDictionary
 
-from anyio import from_thread
 from fastapi import Depends, Request, Response, WebSocket, params
 from fastapi.exceptions import ValidationException
 from fastapi.routing import APIRoute
@@ -213,6 +212,8 @@ def _wrapped_coroutine(endpoint: Callable[..., Any], parameter: str | None) -> C
 
 
 def _wrapped_function(endpoint: Callable[..., Any], parameter: str | None) -> Callable[..., Any]:
+    from anyio import from_thread  # an app without sync endpoints has no use for it
+
     @functools.wraps(endpoint)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         given = None if parameter is None else kwargs.get(parameter)

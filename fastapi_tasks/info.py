@@ -3,8 +3,6 @@
 The supervisor keeps what is over as a :data:`Record`, which is several times cheaper to make.
 """
 
-from __future__ import annotations
-
 import re
 from datetime import UTC, datetime
 from enum import StrEnum

@@ -347,9 +347,9 @@ class TaskConfig(Value):
         # scheduled with a configuration of its own.
         merged = object.__new__(TaskConfig)
         values = merged.__dict__
-        values.update(self.__dict__)
-        values.update(inner.__dict__)
-        if not (self.is_plain and inner.is_plain):
+        values |= self.__dict__
+        values |= inner.__dict__
+        if "is_plain" in values:
             values["is_plain"] = merged._has_no_control()
         return merged
 

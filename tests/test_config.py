@@ -15,6 +15,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
 from typing import Any, get_args
+from unittest import mock
 
 import anyio
 import pytest
@@ -56,8 +57,27 @@ def test_a_configuration_cannot_be_changed() -> None:
     config = TaskConfig(name="cargo")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.name = "ballast"  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        del config.name  # type: ignore[misc]
     with pytest.raises((AttributeError, TypeError)):
         config.nmae = "ballast"  # type: ignore[attr-defined]
+
+
+def test_a_configuration_is_data() -> None:
+    """It can be compared, copied, kept in sets and sent to another process, and taken apart."""
+    config = TaskConfig("cargo", shield=False, retry=Retry(OSError), delay=3)
+    values = [getattr(config, name) for name in FIELDS]
+    again = dataclasses.replace(dataclasses.replace(config, delay=None), delay=3)
+    sent = pickle.loads(pickle.dumps(config))
+
+    assert list(inspect.signature(TaskConfig).parameters) == FIELDS
+    for same in (TaskConfig(*values), again, copy.copy(config), copy.deepcopy(config), sent):
+        assert same == config
+        assert len({same, config}) == 1
+        assert same.is_plain is config.is_plain is False
+    assert config != TaskConfig("cargo")
+    assert config != values
+    assert config == mock.ANY  # whatever it is compared with may know better
 
 
 def test_a_supervisors_settings_cannot_be_changed() -> None:

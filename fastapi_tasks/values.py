@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import Field, FrozenInstanceError, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
-
-from typing_extensions import dataclass_transform
+from typing import Any, ClassVar, NoReturn, dataclass_transform
 
 __all__ = ["Value"]
 
@@ -19,8 +17,7 @@ class Value:
     call, where the dictionary is filled at once.
     """
 
-    if TYPE_CHECKING:
-        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def __init_subclass__(cls) -> None:
         dataclass(init=False, repr=False, eq=False)(cls)

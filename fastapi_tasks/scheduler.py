@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from threading import Lock
+from collections.abc import Callable
 
 from .bound import BoundTasks, ImmediateTasks
 from .config import INHERIT_ALL, RunIf, TaskConfig
@@ -12,9 +11,6 @@ from .supervisor import Supervisor
 from .tasks import Moment, RequestEnd, Task
 
 __all__ = ["TasksBatch", "TasksScheduler"]
-
-
-_making_batches = Lock()
 
 _STARTING_AFTER_SUCCESS: tuple[RunIf | None, ...] = (None, "success", "always")
 _STARTING_AFTER_FAILURE: tuple[RunIf | None, ...] = ("error", "always")
@@ -87,8 +83,10 @@ class TasksBatch(BoundTasks):
             self._home.drop(task, reason)
 
     def _take(self) -> Task | None:
-        # Asked for, not looked up before: another thread may be faster.
-        try:
+        if not self._waiting:  # as at the end of each release, and cheaper than an error
+            self._taken = None
+            return None
+        try:  # another thread may be faster
             self._taken = self._waiting[0]  # for those who look meanwhile
             return self._waiting.popleft()
         except IndexError:
@@ -123,8 +121,7 @@ class TasksScheduler(ImmediateTasks):
     """
 
     __slots__ = (
-        "_after_response",
-        "_after_route",
+        "_batches",
         "_response_failed",
         "_route_failed",
         "_supervisor",
@@ -145,8 +142,7 @@ class TasksScheduler(ImmediateTasks):
         BoundTasks.__init__(self, supervisor, inherited, INHERIT_ALL, endpoint)
         self._supervisor = supervisor
         # Made when somebody asks: most requests have tasks for one moment at most.
-        self._after_route: TasksBatch | None = None
-        self._after_response: TasksBatch | None = None
+        self._batches: dict[Moment, TasksBatch] = {}
         self._route_failed: bool | None = None
         self._response_failed: bool | None = None
         self.is_over = False
@@ -167,11 +163,10 @@ class TasksScheduler(ImmediateTasks):
     def after_route(self) -> TasksBatch:
         """Tasks scheduled on it start when the endpoint has returned, before its value is
         serialized."""
-        batch = self._after_route
+        batch = self._batches.get("after_route")
         if batch is None:
-            with _making_batches:  # two threads may ask at once, for one batch
-                batch = self._after_route or TasksBatch(self, "after_route")
-                self._after_route = batch
+            # Two threads may ask at once, and get the same one. A lock would cost ten times this.
+            batch = self._batches.setdefault("after_route", TasksBatch(self, "after_route"))
             self._begin(batch, self._route_failed)
         return batch
 
@@ -179,11 +174,10 @@ class TasksScheduler(ImmediateTasks):
     def after_response(self) -> TasksBatch:
         """Tasks scheduled on it start when the response is over: it was sent, or the client is
         gone."""
-        batch = self._after_response
+        batch = self._batches.get("after_response")
         if batch is None:
-            with _making_batches:  # as above
-                batch = self._after_response or TasksBatch(self, "after_response")
-                self._after_response = batch
+            # As above.
+            batch = self._batches.setdefault("after_response", TasksBatch(self, "after_response"))
             self._begin(batch, self._response_failed)
         return batch
 
@@ -203,7 +197,7 @@ class TasksScheduler(ImmediateTasks):
         """
         if self._route_failed is None:
             self._route_failed = failed
-        batch = self._after_route
+        batch = self._batches.get("after_route")
         if batch is not None and batch.release(failed=self._route_failed):
             self.owes_turn = True
 
@@ -212,12 +206,12 @@ class TasksScheduler(ImmediateTasks):
 
         :param failed: whether the request went wrong anywhere
         """
-        batch = self._after_route
+        batch = self._batches.get("after_route")
         if self._route_failed is None or (batch is not None and batch.has_waiting()):
             self.route_over(failed=failed)
         if self._response_failed is None:
             self._response_failed = failed
-        batch = self._after_response
+        batch = self._batches.get("after_response")
         if batch is not None and batch.release(failed=self._response_failed):
             self.owes_turn = True
         # Last: whoever interrupts it leaves the rest to the next one who calls.
@@ -230,36 +224,32 @@ class TasksScheduler(ImmediateTasks):
         request, and those lead here.
         """
         self.end = self.on_batch = None
-        if self._after_route is not None:
-            self._after_route.end = None
-        if self._after_response is not None:
-            self._after_response.end = None
+        for batch in tuple(self._batches.values()):  # a thread may ask for one meanwhile
+            batch.end = None
 
     def has_after_response(self) -> bool:
         """Whether somebody has asked for :attr:`after_response`."""
-        return self._after_response is not None
+        return "after_response" in self._batches
 
     def has_waiting(self) -> bool:
         """Return whether tasks wait for a moment of the request."""
-        return any(batch.has_waiting() for batch in self._batches())
+        return any(batch.has_waiting() for batch in self._made())
 
     def waiting(self) -> tuple[Task, ...]:
         """Return them, from any thread."""
-        return tuple(task for batch in self._batches() for task in batch.waiting())
+        return tuple(task for batch in self._made() for task in batch.waiting())
 
     def drop_waiting(self, reason: str) -> None:
         """Give up the tasks that wait for a moment of the request.
 
         :param reason: why, for the records
         """
-        for batch in self._batches():
+        for batch in self._made():
             batch.drop(reason)
 
-    def _batches(self) -> Iterator[TasksBatch]:
-        """Yield the batches that somebody has asked for."""
-        for batch in (self._after_route, self._after_response):
-            if batch is not None:
-                yield batch
+    def _made(self) -> tuple[TasksBatch, ...]:
+        """Return the batches that somebody has asked for, from any thread."""
+        return tuple(self._batches.values())
 
     def _place(self, task: Task) -> None:
         task.request_end = self.end

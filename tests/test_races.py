@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 
@@ -174,6 +174,34 @@ def test_a_task_that_a_thread_cancels_does_not_begin_in_the_loop(backend: str, s
 
 
 @on_asyncio_and_trio
+class Stolen(deque[Task]):
+    """Tasks that another thread takes, just when somebody has seen that there are any."""
+
+    def __init__(self, tasks: deque[Task], take: Callable[[], None]) -> None:
+        super().__init__(tasks)
+        self._take = take
+
+    def __bool__(self) -> bool:
+        is_seen, take, self._take = len(self) > 0, self._take, lambda: None
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join()
+        return is_seen
+
+
+async def test_of_two_who_release_a_task_one_starts_it(observed: Observed) -> None:
+    """The other one finds it gone, in the middle of taking it."""
+    async with Supervisor(observers=[observed]) as supervisor:
+        tasks = TasksScheduler(supervisor)
+        task = tasks.after_route.schedule(nothing)
+        batch = tasks.after_route
+        batch._waiting = Stolen(batch._waiting, lambda: tasks.route_over(failed=False))
+        assert not batch.release(failed=False)
+        assert batch._taken is None
+        await task.wait()
+    assert observed.kinds(task).count(TaskEventKind.STARTED) == 1
+
+
 @pytest.mark.parametrize("shielded", [False, True])
 def test_a_thread_cancels_in_the_loop_only(backend: str, shielded: bool) -> None:
     """Even if the drain abandons the task and stops while the thread asks for its cancellation."""

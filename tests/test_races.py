@@ -173,7 +173,6 @@ def test_a_task_that_a_thread_cancels_does_not_begin_in_the_loop(backend: str, s
             each.run(order)
 
 
-@on_asyncio_and_trio
 class Stolen(deque[Task]):
     """Tasks that another thread takes, just when somebody has seen that there are any."""
 
@@ -202,6 +201,7 @@ async def test_of_two_who_release_a_task_one_starts_it(observed: Observed) -> No
     assert observed.kinds(task).count(TaskEventKind.STARTED) == 1
 
 
+@on_asyncio_and_trio
 @pytest.mark.parametrize("shielded", [False, True])
 def test_a_thread_cancels_in_the_loop_only(backend: str, shielded: bool) -> None:
     """Even if the drain abandons the task and stops while the thread asks for its cancellation."""

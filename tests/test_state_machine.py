@@ -18,7 +18,7 @@ EXAMPLES = int(os.environ.get("FASTAPI_TASKS_EXAMPLES", "0"))
 """How many lives of a supervisor are tried on each loop; by default a few, always the same ones."""
 
 LIVES = settings(
-    max_examples=EXAMPLES or 40,
+    max_examples=EXAMPLES or 30,
     stateful_step_count=30,
     deadline=None,
     derandomize=not EXAMPLES,

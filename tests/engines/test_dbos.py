@@ -633,8 +633,8 @@ def test_an_engine_starts_again_on_another_event_loop(any_url: str, trace: Trace
 
     for _ in range(2):
         assert asyncio.run(once()) == 4
-    # AnyIO's own ones are told to end, and nobody waits for that.
-    asyncio.run(eventually(lambda: threading.active_count() == before))
+    # AnyIO's own ones are told to end, and nobody waits for that, nor for those of earlier tests.
+    asyncio.run(eventually(lambda: threading.active_count() <= before))
 
 
 async def test_jobs_that_a_stop_cuts_off_are_given_back(any_url: str, trace: Trace) -> None:

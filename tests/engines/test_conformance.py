@@ -433,7 +433,10 @@ async def test_restarted_service(
         outages_are_over = True
         await sending
         labels = {str(number) for number in range(next(numbers))}
-        await eventually(lambda: {each.label for each in trace.all("ended")} == labels)
+        await eventually(
+            lambda: {each.label for each in trace.all("ended")} == labels,
+            tell=lambda: f"{labels - {each.label for each in trace.all('ended')}} have not ended",
+        )
         back = time.monotonic()
         assert await over(await engine.enqueue(jobs.add, 1)) == 3
         took = time.monotonic() - back

@@ -435,6 +435,7 @@ async def test_restarted_service(
         labels = {str(number) for number in range(next(numbers))}
         await eventually(
             lambda: {each.label for each in trace.all("ended")} == labels,
+            2 * PATIENCE,  # whoever lost its connection waits longer each time before the next one
             tell=lambda: f"{labels - {each.label for each in trace.all('ended')}} have not ended",
         )
         back = time.monotonic()

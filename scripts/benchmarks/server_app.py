@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 from fastapi import FastAPI
 
 from .client import PATH
-from .contenders.baselines import awaiting_background, background, bare
+from .contenders.baselines import background, bare
 from .contenders.contender import Endpoint, Function
 from .worker import contender_of
 
@@ -21,7 +22,7 @@ RAN_PATH = "/ran"
 PLAIN: dict[str, Callable[[Function, int], Endpoint]] = {
     "nothing": lambda function, count: bare,
     "background": background,
-    "awaiting": awaiting_background,
+    "awaiting": partial(background, takes_turn=True),
 }
 """The endpoints that know nothing of the contenders."""
 

@@ -24,28 +24,18 @@ def bare_in_thread() -> int:
     return 1
 
 
-def background(function: Function, count: int) -> Endpoint:
-    """Return an endpoint with ``BackgroundTasks``."""
+def background(function: Function, count: int, *, takes_turn: bool = False) -> Endpoint:
+    """Return an endpoint with ``BackgroundTasks``.
 
-    async def endpoint(background: BackgroundTasks) -> int:
-        for number in range(count):
-            background.add_task(function, number)
-        return 1
-
-    return endpoint
-
-
-def awaiting_background(function: Function, count: int) -> Endpoint:
-    """Return an endpoint with ``BackgroundTasks`` that waits for a turn of the event loop.
-
-    As one that asks a database does: what requests have in common is then held by several at once,
-    and the garbage collector comes.
+    :param takes_turn: whether it waits for a turn of the event loop, as one that asks a database
+        does: several requests are then under way at once, and the garbage collector comes
     """
 
     async def endpoint(background: BackgroundTasks) -> int:
         for number in range(count):
             background.add_task(function, number)
-        await asyncio.sleep(0)
+        if takes_turn:
+            await asyncio.sleep(0)
         return 1
 
     return endpoint

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from types import FunctionType
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 import anyio
@@ -12,6 +14,7 @@ import anyio
 from .callables import is_async
 from .config import (
     INHERIT_ALL,
+    POLICY,
     Duration,
     Retry,
     RunIf,
@@ -22,10 +25,12 @@ from .config import (
 )
 from .engine import Engine, engine_of
 from .errors import InvalidSettingError
-from .request_bound import check_arguments
+from .request_bound import PLAIN, check_arguments
 from .tasks import Moment, Task, TaskErrorHandler, TaskOwner
 
 __all__ = ["BoundTasks", "ConfiguredTasks", "ImmediateTasks", "TaskHome"]
+
+_CO_COROUTINE = inspect.CO_COROUTINE  # a module's name is found faster than another module's
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -115,8 +120,12 @@ class BoundTasks(ABC):
         :raises InvalidArgumentsError: an engine claims ``func``, and the arguments cannot travel
         :raises EngineStateError: an engine claims ``func``, and is not started
         """
-        awaited = is_async(func)
-        policy = policy_of(func)
+        if type(func) is FunctionType and func.__code__.co_flags & _CO_COROUTINE:
+            # As nearly every one is. The functions below would say the same, but a call of each
+            # costs more than all that is asked here.
+            awaited, policy = True, getattr(func, POLICY, None)
+        else:
+            awaited, policy = is_async(func), policy_of(func)
         if policy is None:
             config = self._config
         else:
@@ -125,8 +134,10 @@ class BoundTasks(ABC):
                 return self._schedule_enqueueing(engine, func, args, kwargs)
             self._check(policy)
             config = self._inherited.merge(policy).merge(self._own)
-        if args or kwargs:
-            check_arguments(func, args, kwargs, self._endpoint)
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if type(value) not in PLAIN:  # as hardly one is
+                check_arguments(func, args, kwargs, self._endpoint)
+                break
         task = self._home.create(func, args, kwargs, config, self._moment, is_async=awaited)
         self._place(task)
         return task

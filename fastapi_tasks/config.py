@@ -52,7 +52,7 @@ RetryOn: TypeAlias = (
 """Which errors are worth another attempt: their types, or a function that is asked each time."""
 
 _RUN_IF: tuple[RunIf, ...] = ("success", "error", "always")
-_POLICY = "__fastapi_tasks_policy__"
+POLICY = "__fastapi_tasks_policy__"
 
 _FuncT = TypeVar("_FuncT", bound=Callable[..., Any])
 
@@ -577,7 +577,7 @@ def task(config: TaskConfig | None = None, /, **fields: Any) -> Callable[[_FuncT
         is_async(target)
         inner = policy_of(target) or INHERIT_ALL
         try:
-            setattr(target, _POLICY, inner.merge(policy))
+            setattr(target, POLICY, inner.merge(policy))
         except AttributeError:
             raise InvalidTaskError(
                 f"a {type(func).__name__}, which cannot carry a configuration",
@@ -635,10 +635,10 @@ def policy_of(func: Callable[..., object]) -> TaskConfig | None:
 
     :param func: a function, or a method, instance or ``functools.partial`` that calls one
     """
-    policy = getattr(func, _POLICY, None)
+    policy = getattr(func, POLICY, None)
     if policy is None:
         if isinstance(func, FunctionType):
             return None
-        policies = (getattr(part, _POLICY, None) for part in parts(func))
+        policies = (getattr(part, POLICY, None) for part in parts(func))
         policy = next((found for found in policies if found is not None), None)
     return policy if isinstance(policy, TaskConfig) else None

@@ -22,7 +22,7 @@ from .config import TaskConfig
 from .errors import UnsupportedFastAPIError
 from .scheduler import TasksScheduler
 from .supervisor import Supervisor
-from .tasks import Task, enter, find_current_task, leave
+from .tasks import RequestEnd, Task, enter, find_current_task, leave
 
 __all__ = [
     "CONNECTION",
@@ -49,14 +49,14 @@ class Connection:
 
     __slots__ = (
         "_failed",
-        "_is_closed",
-        "_is_done",
-        "_may_wait",
         "_request_stack",
         "_token",
+        "_watches_exit",
         "client_gone",
         "config",
+        "end",
         "endpoint",
+        "is_closed",
         "is_exact",
         "response",
         "returned",
@@ -70,6 +70,8 @@ class Connection:
         self.config = config
         self.scheduler: TasksScheduler | None = None
         """The scheduler, once ``Tasks`` was taken."""
+        self.end: RequestEnd | None = None
+        """What tells the tasks how the request ends, from then on until it is over."""
         self.endpoint: Callable[..., Any] | None = None
         """The endpoint's wrapper, if a :class:`TasksRoute` serves the connection."""
         self.is_exact = False
@@ -82,64 +84,67 @@ class Connection:
         """Whether the server refused to send, or said that the peer has disconnected."""
         self.sent = False
         """Whether the server has taken the last of the response."""
+        self.is_closed = False
+        """Whether the route is done with it."""
         self._failed = False
+        self._watches_exit = False
         self._request_stack: ExitStack | None = None
         self._token: Token[Connection | None] | None = None
-        self._is_closed = False
-        self._may_wait = False
-        self._is_done = False
 
-    def take_scheduler(self, scope: Scope) -> TasksScheduler:
+    def take_scheduler(self, scope: Scope, *, watch_exit: bool = True) -> TasksScheduler:
         """Return the scheduler, and see to it that it hears of the end of the route.
 
         :param scope: the connection's
+        :param watch_exit: whether :meth:`watch_exit` is called; if not, the route does so where
+            something can go wrong between its endpoint and the end of the response
         :raises FastAPITasksUninitializedAppError: the supervisor is not running
         :raises TooManyTasksError: it has as many tasks as it may, and the request has no scheduler
         """
-        request_stack, function_stack = exit_stacks(scope)
+        try:
+            request_stack, function_stack = scope[_REQUEST_STACK], scope[_FUNCTION_STACK]
+        except KeyError as error:
+            raise UnsupportedFastAPIError(f'scope["{error.args[0]}"]') from None
+        supervisor = self.supervisor
         if self.scheduler is not None:
             if not self._is_attempted_again(request_stack):
                 return self.scheduler
             self.close()
-        supervisor = self.supervisor
         supervisor.require_running()
         if self.scheduler is None and supervisor.settings.max_tasks is not None:
             supervisor.require_room()  # once: a request that was let in stays so
-        self.returned = self._failed = self._is_closed = self._is_done = self._may_wait = False
+        self.returned = self._failed = self.is_closed = self._watches_exit = False
         self._request_stack = request_stack
         endpoint = scope.get("endpoint")
         scheduler = self.scheduler = TasksScheduler(supervisor, self.config, endpoint)
-        scheduler.on_batch = self._batch_made
+        self.end = scheduler.end
+        scheduler.on_late_batch = self._made_late
+        supervisor.open_requests.add(self)
         if find_current_task() is not None:
             # The request was made from within a task, and is not a part of it.
             request_stack.callback(_restore, leave, enter(None))
         self._token = _current.set(self)
-        self._watch_exit()
+        if watch_exit:
+            self.watch_exit()
         if self.endpoint is None:
             function_stack.push(self._exit_function_stack)
         if self.client_gone:
             scheduler.response_over(failed=False)  # a WebSocket's peer, before anybody asked
         return scheduler
 
-    def endpoint_over(self, error: BaseException | None = None) -> None:
+    def endpoint_over(self, error: BaseException | None = None) -> bool:
         """Release what waits for the endpoint, since it has returned or the route has raised.
 
         :param error: what was raised, if it was that
+        :return: whether tasks were started that have not had the loop yet; it is said once
         """
         if error is None:
             self.returned = True
         else:
             self._fail(error)
-        if self.scheduler is not None:
-            self.scheduler.route_over(failed=error is not None)
-
-    def response_begun(self, status: int) -> None:
-        """Let tasks know how the app answers.
-
-        :param status: the response's
-        """
-        if self.scheduler is not None and self.scheduler.end is not None:
-            self.scheduler.end.status = status
+        scheduler = self.scheduler
+        if scheduler is None:
+            return False
+        return scheduler.route_over(failed=error is not None)
 
     def response_over(self) -> None:
         """Release what waits for the response, since it was sent."""
@@ -150,14 +155,6 @@ class Connection:
             return
         if self.returned and not self._failed:
             scheduler.response_over(failed=False)
-
-    def takes_turn(self) -> bool:
-        """Return, once each time, whether tasks were started that have not had the loop yet."""
-        scheduler = self.scheduler
-        if scheduler is None or not scheduler.owes_turn:
-            return False
-        scheduler.owes_turn = False
-        return True
 
     def peer_left(self) -> None:
         """Release everything, since the WebSocket's peer has disconnected."""
@@ -170,14 +167,16 @@ class Connection:
         scheduler = self.scheduler
         if scheduler is None:
             return
-        if not scheduler.is_over:
-            scheduler.response_over(failed=self._failed or not self.returned)
-        scheduler.let_go()
-        self._is_done = True
-        if self._may_wait:
-            self.supervisor.close(self)
-        if self._token is not None:
-            self._leave_context(self._token)
+        scheduler.close(failed=self._failed or not self.returned)
+        self.end = None
+        supervisor = self.supervisor
+        supervisor.open_requests.discard(self)
+        if supervisor.live is not None and supervisor.live.empty is not None:
+            supervisor.live.wake_if_empty()
+        token = self._token
+        if token is not None:
+            self._token = None
+            _restore(_current.reset, token)
 
     def has_waiting(self) -> bool:
         """Return whether tasks wait for one of the connection's moments."""
@@ -200,32 +199,30 @@ class Connection:
         assert self.scheduler is not None
         self.scheduler.drop_waiting(reason)
 
-    def _batch_made(self) -> None:
-        """Let the supervisor know that tasks may come to wait, from any thread."""
-        self._may_wait = True
-        self.supervisor.open(self)
-        # Looked at afterwards: if all is over meanwhile, one of both sees what the other did.
-        if self._is_done:
-            self.supervisor.close(self)
+    def _made_late(self) -> None:
+        """Take note that tasks may come to wait though the endpoint is over, from any thread."""
+        if self.supervisor.is_draining:
+            self.end_response()  # as the drain did with the other ones
         elif self.is_exact and self.returned:
             # The response may know nothing of it. What is pushed last, hears of the end first,
             # before dependencies are closed.
-            self._watch_exit()
+            self._push_exit()
 
-    def _watch_exit(self) -> None:
-        """Have the request's exit stack tell when and how it is closed."""
+    def watch_exit(self) -> None:
+        """Have the request's exit stack tell when and how it is closed, if ``Tasks`` was taken."""
+        if self.scheduler is not None and not self._watches_exit:
+            self._push_exit()
+
+    def _push_exit(self) -> None:
+        self._watches_exit = True
         stack: Any = self._request_stack  # its type wants an __enter__, too, which it never calls
         stack.push(self)
-
-    def _leave_context(self, token: Token[Connection | None]) -> None:
-        self._token = None
-        _restore(_current.reset, token)
 
     def _fail(self, error: BaseException) -> None:
         self._failed = True
         # Before anything is released, so that whoever asks finds it.
-        if self.scheduler is not None and self.scheduler.end is not None:
-            self.scheduler.end.error = error
+        if self.end is not None:
+            self.end.error = error
 
     def _exit_function_stack(
         self,
@@ -246,9 +243,11 @@ class Connection:
         traceback: TracebackType | None,
     ) -> None:
         """Be the safety net under every way in which a response can end."""
-        if self._token is not None:  # else it has been called, or the connection is closed
-            self._leave_context(self._token)
-        self._is_closed = True
+        token = self._token
+        if token is not None:  # else it has been called, or the connection is closed
+            self._token = None
+            _restore(_current.reset, token)
+        self.is_closed = True
         if exc is not None and self._is_failure(exc):
             self._fail(exc)
         self.response_over()
@@ -260,7 +259,7 @@ class Connection:
         which then has another exit stack. An exception handler that asks for the tasks finds the
         same one, closed.
         """
-        if self._is_closed:
+        if self.is_closed:
             return request_stack is not self._request_stack
         return self._failed
 

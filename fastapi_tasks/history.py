@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from .info import Record, TaskInfo, info_of
 from .tasks import Task, record_of
@@ -22,12 +22,9 @@ class History:
 
     def __init__(self, size: int) -> None:
         self._records: deque[Record] = deque(maxlen=size)
-        self._is_on = size > 0
-
-    def note(self, task: Task) -> None:
-        """Remember a task as it is."""
-        if self._is_on:
-            self._records.append(record_of(task))
+        # No method of ours, since each task ends here.
+        self.remember: Callable[[Record], None] = self._records.append
+        """Remember a task as it is, by its record."""
 
     def infos(self, ended: Iterable[Task]) -> tuple[TaskInfo, ...]:
         """Return the latest tasks, newest last.
@@ -35,15 +32,15 @@ class History:
         :param ended: those that are over, too, and will be noted in a moment
         """
         # One that was given up and has ended after all was noted twice: the latest is true.
-        latest = {record[0]: record for record in self._records.copy()}
-        if self._is_on:
-            latest |= {record[0]: record for record in map(record_of, ended)}
+        latest = {record[:2]: record for record in self._records.copy()}
+        if self._records.maxlen:
+            latest |= {record[:2]: record for record in map(record_of, ended)}
         size = self._records.maxlen or 0
         return tuple(map(info_of, list(latest.values())[-size:]))
 
     def find(self, key: tuple[str, int]) -> TaskInfo | None:
         """Return one of them by the two parts of its id, or ``None``."""
         for record in reversed(self._records.copy()):
-            if record[0] == key:
+            if record[:2] == key:
                 return info_of(record)
         return None

@@ -88,7 +88,8 @@ class TaskInfo(BaseModel):
 
 
 Record: TypeAlias = tuple[
-    tuple[str, int],
+    str,
+    int,
     str,
     TaskStatus,
     int,
@@ -99,14 +100,16 @@ Record: TypeAlias = tuple[
     str | None,
     str | None,
 ]
-"""The fields of a :class:`TaskInfo`, in their order: the id in its two parts, times as floats."""
+"""The fields of a :class:`TaskInfo`, in their order: the id in its two parts, times as floats.
+
+It is flat, since each task that ends leaves one behind."""
 
 
 def info_of(record: Record) -> TaskInfo:
     """Make a :class:`TaskInfo`."""
-    key, name, status, attempt, progress, created, started, finished, kind, error = record
+    run, number, name, status, attempt, progress, created, started, finished, kind, error = record
     return TaskInfo(
-        id=id_of(key),
+        id=id_of((run, number)),
         name=name,
         status=status,
         attempt=attempt,

@@ -14,7 +14,7 @@ from .history import History
 from .observer import Observers, TaskEvent, TaskEventKind
 from .runner import BY_OTHERS, Runner
 from .spawn import Handle, Over, Spawner
-from .tasks import Task, TaskStatus, is_over, is_pending, settle, settle_unbegun
+from .tasks import Task, TaskStatus, is_over, is_pending, record_of, settle, settle_unbegun
 
 __all__ = ["LiveTasks", "OpenRequest", "give_up"]
 
@@ -49,6 +49,7 @@ class LiveTasks:
     :param observers: who is told
     :param history: what remembers those that are over
     :param listeners: are called with each task that is over
+    :param requests: those whose tasks may come to wait
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class LiveTasks:
         observers: Observers,
         history: History,
         listeners: list[Callable[[Task], None]],
+        requests: set[OpenRequest],
     ) -> None:
         self._spawner = spawner
         self._runner = runner
@@ -65,9 +67,10 @@ class LiveTasks:
         self._history = history
         self._tasks: dict[Handle, Task] = {}
         self._abandoned: dict[Handle, Task] = {}
-        self._requests: set[OpenRequest] = set()
+        self._requests = requests
         self._waits_for_requests = True
-        self._empty: anyio.Event | None = None
+        self.empty: anyio.Event | None = None
+        """What :meth:`wake_if_empty` sets, if somebody has waited for that."""
         self.listeners = listeners
         """Are called with each task that is over: those who keep count."""
 
@@ -99,11 +102,10 @@ class LiveTasks:
         """Return how many tasks there are, with those that only wait for the loop to say so."""
         return len(self._tasks)
 
-    def start(self, task: Task, over: Over) -> None:
+    def start(self, over: Over, task: Task) -> None:
         """Start a task.
 
-        :param over: our own :meth:`over`, which is bound once for all tasks; not here, since what
-            refers to itself is left to the garbage collector
+        :param over: our own :meth:`over`, bound: once for all tasks
         :raises RuntimeError: the event loop is closed
         """
         main = self._runner.run(task)
@@ -130,16 +132,10 @@ class LiveTasks:
             else:
                 self._spawner.cancel(task.handle)
 
-    def open(self, request: OpenRequest) -> None:
-        """Take note of a request whose tasks may come to wait, from any thread."""
-        if self._waits_for_requests:
-            self._requests.add(request)
-
-    def close(self, request: OpenRequest) -> None:
-        """Forget a request, none of whose tasks waits any more."""
-        self._requests.discard(request)
-        if self._empty is not None:
-            self._wake_if_empty(self._empty)
+    def wake_if_empty(self) -> None:
+        """Wake up who waits until no task is live or waits, if it is so."""
+        if self.empty is not None and self._is_empty():
+            self.empty.set()
 
     def end_responses(self) -> None:
         """Release what waits for responses that the server is done with."""
@@ -153,8 +149,7 @@ class LiveTasks:
     def drop_waiting(self, reason: str) -> None:
         """Give up what still waits for a moment of its request, and wait for no request more."""
         self._waits_for_requests = False
-        requests, self._requests = self._requests, set()
-        for request in requests:
+        for request in self._requests.copy():
             request.drop_waiting(reason)
 
     def abandon(self, tasks: tuple[Task, ...]) -> None:
@@ -163,7 +158,7 @@ class LiveTasks:
         :param tasks: live ones
         """
         for task in tasks:
-            self._history.note(task)  # first, as below
+            self._history.remember(record_of(task))  # first, as below
             self._abandoned[task.handle] = self._tasks.pop(task.handle)
             self._spawner.abandon(task.handle)
             task.abandoned = True
@@ -184,7 +179,7 @@ class LiveTasks:
             if is_lost:
                 settle(task, TaskStatus.CANCELLED)
                 _let_go(task)
-            self._history.note(task)
+            self._history.remember(record_of(task))
             if is_lost:
                 event = TaskEvent(TaskEventKind.DROPPED, (task,), reason=reason)
                 self._observers.tell(event)
@@ -198,10 +193,10 @@ class LiveTasks:
             left = moment - anyio.current_time()
             if left <= 0:
                 return False
-            if self._empty is None or self._empty.is_set():
-                self._empty = anyio.Event()  # others may wait for the one that there is
+            if self.empty is None or self.empty.is_set():
+                self.empty = anyio.Event()  # others may wait for the one that there is
             with anyio.move_on_after(left):
-                await self._empty.wait()
+                await self.empty.wait()
         return True
 
     def over(self, handle: Handle) -> None:
@@ -210,7 +205,7 @@ class LiveTasks:
         if task is None:
             abandoned = self._abandoned.pop(handle, None)
             if abandoned is not None:  # else it was forgotten before
-                self._history.note(abandoned)  # once more, as what it has become
+                self._history.remember(record_of(abandoned))  # once more, as what it has become
                 _let_go(abandoned)
             return
         # Somebody else may have cancelled it before its first step, which on asyncio then never
@@ -218,21 +213,22 @@ class LiveTasks:
         try:
             if is_pending(task):
                 give_up(task, TaskEventKind.CANCELLED, BY_OTHERS, self._observers)
-            self._history.note(task)  # first: threads that look for it look here and then there
+            # First: threads that look for it look here and then there.
+            self._history.remember(record_of(task))
         finally:
             del self._tasks[handle]
-        _let_go(task)
+        task.handle = task.context = task.request_end = None  # as _let_go() does, without a call
         for listener in self.listeners:
             listener(task)
-        if self._empty is not None:
-            self._wake_if_empty(self._empty)
+        if self.empty is not None:
+            self.wake_if_empty()
 
     def _is_empty(self) -> bool:
-        return not self._tasks and not self.waiting_requests()
-
-    def _wake_if_empty(self, waiting: anyio.Event) -> None:
-        if self._is_empty():
-            waiting.set()
+        if self._tasks:
+            return False
+        return not self._waits_for_requests or not any(
+            request.has_waiting() for request in self._requests.copy()
+        )
 
 
 def _let_go(task: Task) -> None:
@@ -277,6 +273,6 @@ def give_up(
         return False
     task.context = task.request_end = None
     if history is not None:
-        history.note(task)
+        history.remember(record_of(task))
     observers.tell(TaskEvent(kind, (task,), reason=reason, expected=expected))
     return True

@@ -111,15 +111,10 @@ class TaskObserver(Protocol):
 class Observers:
     """The observers of one supervisor, the log first."""
 
-    __slots__ = ("_observers", "_watched")
+    __slots__ = ("_observers", "is_watched")
 
     def __init__(self, observers: Sequence[TaskObserver]) -> None:
         self._set((keep_log, *observers))
-
-    # No property: each task asks, and a method costs half of what one does.
-    def watch_routine(self) -> bool:
-        """Whether anybody wants to hear of what happens to every task that goes well."""
-        return self._watched or logger.isEnabledFor(logging.DEBUG)
 
     def join(self, observer: TaskObserver) -> None:
         """Tell one more observer, from now on, of everything.
@@ -134,7 +129,8 @@ class Observers:
 
     def _set(self, observers: tuple[TaskObserver, ...]) -> None:
         self._observers = observers
-        self._watched = len(observers) > 1  # asked for with every task
+        self.is_watched = len(observers) > 1
+        """Whether others than the log want to hear of what happens to every task."""
 
     def tell(self, event: TaskEvent) -> None:
         """Tell every observer of an event, whatever the others do."""

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary, ref
 
 from .callables import parts, qualified_name
 
-__all__ = ["RequestBoundArgumentWarning", "check_arguments"]
+__all__ = ["PLAIN", "RequestBoundArgumentWarning", "check_arguments"]
 
 
 class RequestBoundArgumentWarning(UserWarning):
@@ -103,8 +103,8 @@ _KINDS = {
 
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
-# What most arguments are.
-_PLAIN = frozenset({bool, bytes, dict, float, int, list, set, str, tuple, type(None)})
+PLAIN = frozenset({bool, bytes, dict, float, int, list, set, str, tuple, type(None)})
+"""What most arguments are: nobody needs to be warned of these."""
 
 # Who was warned of what, without keeping anybody alive. What cannot be hashed has an id too.
 _warned: WeakValueDictionary[tuple[int, _Kind], object] = WeakValueDictionary()
@@ -122,20 +122,7 @@ def check_arguments(
     :param kwargs: its keyword arguments
     :param endpoint: the endpoint that schedules it, if there is one
     """
-    for value in args:
-        if type(value) not in _PLAIN:
-            _check_each(func, enumerate(args), endpoint)
-            break
-    if kwargs:
-        for value in kwargs.values():
-            if type(value) not in _PLAIN:
-                _check_each(func, kwargs.items(), endpoint)
-                break
-
-
-def _check_each(
-    func: Callable[..., Any], arguments: Iterable[tuple[int | str, Any]], endpoint: object
-) -> None:
+    arguments: Iterable[tuple[int | str, Any]] = (*enumerate(args), *kwargs.items())
     for key, value in arguments:
         # By its class itself: isinstance() asks a proxy what it stands for, and so runs its code.
         cls = cast("type[object]", type(value))
@@ -168,7 +155,7 @@ def _warn_once(
     what = kind.shown if kind.shown.endswith(f" {name}") else f"{kind.shown} ({name})"
     text = f"{who} with {what} as {_place(func, key)}. {kind.fate}. Pass {kind.instead}."
     try:
-        warnings.warn(text, RequestBoundArgumentWarning, stacklevel=5)
+        warnings.warn(text, RequestBoundArgumentWarning, stacklevel=4)
     except RequestBoundArgumentWarning:
         # Where warnings are errors, the next call is one as well.
         del _warned[said]

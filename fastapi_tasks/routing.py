@@ -15,6 +15,7 @@ from fastapi.exceptions import ValidationException
 from fastapi.routing import APIRoute
 from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.requests import HTTPConnection
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.routing import BaseRoute
 from starlette.types import Scope
 
@@ -31,6 +32,8 @@ AnyConnection: TypeAlias = "HTTPConnection[Any]"
 _WRAPPER = "__fastapi_tasks_wrapper__"
 _TAKES_TASKS = "__fastapi_tasks_takes_tasks__"
 _TAKEN = "fastapi_tasks_taken"
+_PLAIN_RESPONSES = frozenset({HTMLResponse, JSONResponse, PlainTextResponse, Response})
+"""They are there as a whole when they are sent: nothing but that can fail."""
 
 # Routes cannot be hashed, so they are known by their ids, as long as they live.
 _noted: WeakValueDictionary[int, BaseRoute] = WeakValueDictionary()
@@ -80,6 +83,8 @@ class TasksRoute(APIRoute):
         is_wrapped = _is_wrapper(endpoint)
         users_endpoint = cast(Any, endpoint).__wrapped__ if is_wrapped else endpoint
         is_fresh = self._makes_responses()
+        # Between its endpoint and its response there is nobody's code.
+        is_direct = is_wrapped and is_fresh and not self.dependant.dependencies
 
         async def handle(request: Request) -> Response:
             scope = request.scope
@@ -91,30 +96,41 @@ class TasksRoute(APIRoute):
             if connection is not None:
                 outer, connection.endpoint = connection.endpoint, endpoint
                 connection.is_exact = is_wrapped
+            is_simple = is_direct and outer is None
             try:
                 if takes_tasks:
                     # Here and not in the endpoint's wrapper, which may run in a thread.
-                    scope[_TAKEN] = (
-                        await _take_tasks(request)
-                        if connection is None or _is_overridden(scope)
-                        else connection.take_scheduler(scope)
-                    )
+                    # FastAPI's app puts itself there; another one has no overrides.
+                    overrides = getattr(scope.get("app"), "dependency_overrides", None)
+                    if connection is None or (overrides and get_tasks in overrides):
+                        scope[_TAKEN] = await _take_tasks(request)
+                    else:
+                        scope[_TAKEN] = connection.take_scheduler(scope, watch_exit=not is_simple)
                 response = await handler(request)
                 if connection is None or connection.scheduler is None:
                     return response
-                if not is_wrapped:
+                if not is_wrapped and connection.endpoint_over():
                     # The wrapper would have done so, but a generator endpoint has none: it has
                     # returned as soon as the generator is there.
-                    connection.endpoint_over()
-                    if connection.takes_turn():
-                        await connection.supervisor.turn()
-                then = response.background
-                if then is not None or connection.scheduler.has_after_response() or not is_wrapped:
-                    response = _releasing(response, then, connection, is_fresh=is_fresh)
+                    await connection.supervisor.turn()
+                waits = not is_wrapped or "after_response" in connection.scheduler.batches
+                if (
+                    is_simple
+                    and not waits
+                    and type(response) in _PLAIN_RESPONSES
+                    and response.background is None
+                ):
+                    connection.is_closed = True  # nothing can come that its tasks would hear of
+                else:
+                    response = _watched(
+                        response, connection, waits=waits, is_fresh=is_fresh, is_simple=is_simple
+                    )
                 connection.response = None  # tasks may keep the connection for long
                 return response
             except BaseException as error:
                 if connection is not None:
+                    if is_simple:
+                        connection.watch_exit()
                     connection.endpoint_over(error)
                 if isinstance(error, ValidationException):
                     _name_users_file(error, endpoint)
@@ -145,21 +161,28 @@ class _AfterResponse(BackgroundTasks):
         self._connection = connection
 
     async def __call__(self) -> None:
-        self._connection.response_over()
+        connection = self._connection
+        connection.response_over()
         if self.tasks:
-            if self._connection.takes_turn():
-                await self._connection.supervisor.turn()
+            if connection.scheduler is not None and connection.scheduler.takes_turn():
+                await connection.supervisor.turn()
             await super().__call__()
 
 
-def _releasing(
-    response: Response, then: BackgroundTask | None, connection: Connection, *, is_fresh: bool
+def _watched(
+    response: Response, connection: Connection, *, waits: bool, is_fresh: bool, is_simple: bool
 ) -> Response:
-    """Return a response that releases the request's tasks when it was sent.
+    """Return a response whose end, whatever that is, releases the request's tasks.
 
-    :param then: its background tasks
+    :param waits: whether tasks may wait for it
     :param is_fresh: whether it was made for this request, unless the endpoint has returned it
+    :param is_simple: whether nothing is called when it was sent but its background tasks
     """
+    if is_simple:
+        connection.watch_exit()
+    then = response.background
+    if then is None and (is_simple or not waits):
+        return response
     if response is not connection.response and not (is_fresh and connection.returned):
         response = copy.copy(response)
     response.background = _AfterResponse(connection, then)
@@ -190,7 +213,8 @@ def _wrapped_coroutine(endpoint: Callable[..., Any], parameter: str | None) -> C
     @functools.wraps(endpoint)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         given = None if parameter is None else kwargs.get(parameter)
-        if parameter is not None and _is_connection(given):
+        # The first question decides nearly every call, and costs a fifth of the second one.
+        if parameter is not None and (type(given) is Request or _is_connection(given)):
             taken = given.scope.get(_TAKEN)
             kwargs[parameter] = await _take_tasks(given) if taken is None else taken
         try:
@@ -201,8 +225,7 @@ def _wrapped_coroutine(endpoint: Callable[..., Any], parameter: str | None) -> C
         connection = current_connection()
         if connection is None or connection.endpoint is not wrapper:
             return result
-        connection.endpoint_over()
-        if connection.takes_turn():
+        if connection.endpoint_over():
             await connection.supervisor.turn()
         if isinstance(result, Response):
             result = connection.response = copy.copy(result)  # it may serve others too
@@ -228,8 +251,7 @@ def _wrapped_function(endpoint: Callable[..., Any], parameter: str | None) -> Ca
         connection = current_connection()
         if connection is None or connection.endpoint is not wrapper:
             return result
-        connection.endpoint_over()
-        if connection.takes_turn():
+        if connection.endpoint_over():
             connection.supervisor.turn_from_thread()
         if isinstance(result, Response):
             result = connection.response = copy.copy(result)  # it may serve others too
@@ -313,8 +335,7 @@ def _is_overridden(scope: Scope) -> bool:
 
 def _is_connection(given: Any) -> TypeGuard[AnyConnection]:
     """Return whether FastAPI has given its connection, and not somebody else the tasks."""
-    # The first test decides nearly every call, and costs a fifth of the second one.
-    return type(given) is Request or isinstance(given, HTTPConnection)
+    return isinstance(given, HTTPConnection)
 
 
 def _endpoint_failed(wrapper: Callable[..., Any], given: Any, error: BaseException) -> None:

@@ -1,5 +1,8 @@
 """WHEN tasks start: :class:`TasksScheduler`, one per request, and its two batches."""
 
+# A batch is made of what its request has, which pyright does not know for one and the same thing.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections import deque
@@ -56,12 +59,16 @@ class TasksBatch(BoundTasks):
         failed = self._failed
         starting = _STARTING_AFTER_FAILURE if failed else _STARTING_AFTER_SUCCESS
         started = False
-        while (task := self._take()) is not None:
+        while self._waiting:  # asked before each, which is cheaper than an error after the last
+            task = self._take()
+            if task is None:
+                break
             if task.config.run_if in starting:
                 self._home.submit(task)
                 started = True
             else:
                 self._drop_unfit(task, failed=failed)
+        self._taken = None
         return started
 
     def has_waiting(self) -> bool:
@@ -81,16 +88,13 @@ class TasksBatch(BoundTasks):
         """
         while (task := self._take()) is not None:
             self._home.drop(task, reason)
+        self._taken = None
 
     def _take(self) -> Task | None:
-        if not self._waiting:  # as at the end of each release, and cheaper than an error
-            self._taken = None
-            return None
-        try:  # another thread may be faster
+        try:
             self._taken = self._waiting[0]  # for those who look meanwhile
             return self._waiting.popleft()
-        except IndexError:
-            self._taken = None
+        except IndexError:  # another thread may be faster
             return None
 
     def _drop_unfit(self, task: Task, *, failed: bool) -> None:
@@ -121,14 +125,13 @@ class TasksScheduler(ImmediateTasks):
     """
 
     __slots__ = (
-        "_batches",
+        "_owes_turn",
         "_response_failed",
         "_route_failed",
-        "_supervisor",
+        "batches",
         "end",
         "is_over",
-        "on_batch",
-        "owes_turn",
+        "on_late_batch",
     )
 
     def __init__(
@@ -137,99 +140,114 @@ class TasksScheduler(ImmediateTasks):
         config: TaskConfig | None = None,
         endpoint: object = None,
     ) -> None:
-        inherited = supervisor.settings.config if config is None else config
-        # Each request makes one, and super() alone costs as much as this.
-        BoundTasks.__init__(self, supervisor, inherited, INHERIT_ALL, endpoint)
-        self._supervisor = supervisor
+        # What super().__init__() would do with these; each request makes one, and pays for calls.
+        self._home = supervisor
+        self._inherited = self._config = supervisor.settings.config if config is None else config
+        self._own = INHERIT_ALL
+        self._endpoint = endpoint
+        self._moment = "now"
         # Made when somebody asks: most requests have tasks for one moment at most.
-        self._batches: dict[Moment, TasksBatch] = {}
+        self.batches: dict[Moment, TasksBatch] = {}
+        """Those that somebody has asked for."""
         self._route_failed: bool | None = None
         self._response_failed: bool | None = None
         self.is_over = False
         """Whether everything was released."""
-        self.on_batch: Callable[[], object] | None = None
-        """Is called when there is a first task that may come to wait, from any thread."""
+        self.on_late_batch: Callable[[], object] | None = None
+        """Is called when tasks may come to wait though the route is over, from any thread."""
         self.end: RequestEnd | None = RequestEnd()
         """How the request ends, until it is over."""
-        self.owes_turn = False
-        """Whether tasks were started that have not had the event loop yet."""
+        self._owes_turn = False
 
     @property
     def supervisor(self) -> Supervisor:
         """Where the tasks run."""
-        return self._supervisor
+        return self._home
 
     @property
     def after_route(self) -> TasksBatch:
         """Tasks scheduled on it start when the endpoint has returned, before its value is
         serialized."""
-        batch = self._batches.get("after_route")
+        batch = self.batches.get("after_route")
         if batch is None:
             # Two threads may ask at once, and get the same one. A lock would cost ten times this.
-            batch = self._batches.setdefault("after_route", TasksBatch(self, "after_route"))
-            self._begin(batch, self._route_failed)
+            batch = self.batches.setdefault("after_route", TasksBatch(self, "after_route"))
+            # Looked up after the assignment: the moment may come between the two, and then one of
+            # both sees what the other did.
+            if self._route_failed is not None:
+                self._made_late(batch, self._route_failed)
         return batch
 
     @property
     def after_response(self) -> TasksBatch:
         """Tasks scheduled on it start when the response is over: it was sent, or the client is
         gone."""
-        batch = self._batches.get("after_response")
+        batch = self.batches.get("after_response")
         if batch is None:
             # As above.
-            batch = self._batches.setdefault("after_response", TasksBatch(self, "after_response"))
-            self._begin(batch, self._response_failed)
+            batch = self.batches.setdefault("after_response", TasksBatch(self, "after_response"))
+            if self._route_failed is not None:
+                self._made_late(batch, self._response_failed)
         return batch
 
-    def _begin(self, batch: TasksBatch, failed: bool | None) -> None:
-        on_batch = self.on_batch
-        if on_batch is not None:
-            on_batch()
-        # Looked up after the assignment: the moment may come between the two, and then one of
-        # both sees what the other did.
+    def _made_late(self, batch: TasksBatch, failed: bool | None) -> None:
+        on_late_batch = self.on_late_batch
+        if on_late_batch is not None:
+            on_late_batch()
         if failed is not None:
             batch.release(failed=failed)
 
-    def route_over(self, *, failed: bool) -> None:
+    def route_over(self, *, failed: bool) -> bool:
         """Release the tasks that wait for the endpoint.
 
         :param failed: whether it raised
+        :return: as of :meth:`takes_turn`
         """
         if self._route_failed is None:
             self._route_failed = failed
-        batch = self._batches.get("after_route")
+        batch = self.batches.get("after_route")
         if batch is not None and batch.release(failed=self._route_failed):
-            self.owes_turn = True
+            self._owes_turn = False
+            return True
+        return self.takes_turn()
 
     def response_over(self, *, failed: bool) -> None:
         """Release the tasks that wait for the response, and those that wait for the endpoint.
 
         :param failed: whether the request went wrong anywhere
         """
-        batch = self._batches.get("after_route")
-        if self._route_failed is None or (batch is not None and batch.has_waiting()):
-            self.route_over(failed=failed)
+        batch = self.batches.get("after_route")
+        if self._route_failed is None or (batch is not None and batch._waiting):
+            self._owes_turn = self.route_over(failed=failed)
         if self._response_failed is None:
             self._response_failed = failed
-        batch = self._batches.get("after_response")
+        batch = self.batches.get("after_response")
         if batch is not None and batch.release(failed=self._response_failed):
-            self.owes_turn = True
+            self._owes_turn = True
         # Last: whoever interrupts it leaves the rest to the next one who calls.
         self.is_over = True
 
-    def let_go(self) -> None:
-        """Forget the request, since it is over.
+    def close(self, *, failed: bool) -> None:
+        """Release what is left, and forget the request, since it is over.
 
         Its tasks alone are to know how it has ended: the error leads to the frames of the
         request, and those lead here.
-        """
-        self.end = self.on_batch = None
-        for batch in tuple(self._batches.values()):  # a thread may ask for one meanwhile
-            batch.end = None
 
-    def has_after_response(self) -> bool:
-        """Whether somebody has asked for :attr:`after_response`."""
-        return "after_response" in self._batches
+        :param failed: whether it went wrong anywhere
+        """
+        if not self.is_over:
+            self.response_over(failed=failed)
+        self.end = self.on_late_batch = None
+        if self.batches:
+            for batch in tuple(self.batches.values()):  # a thread may ask for one meanwhile
+                batch.end = None
+
+    def takes_turn(self) -> bool:
+        """Return, once each time, whether tasks were started that have not had the loop yet."""
+        if not self._owes_turn:
+            return False
+        self._owes_turn = False
+        return True
 
     def has_waiting(self) -> bool:
         """Return whether tasks wait for a moment of the request."""
@@ -249,9 +267,9 @@ class TasksScheduler(ImmediateTasks):
 
     def _made(self) -> tuple[TasksBatch, ...]:
         """Return the batches that somebody has asked for, from any thread."""
-        return tuple(self._batches.values())
+        return tuple(self.batches.values())
 
     def _place(self, task: Task) -> None:
         task.request_end = self.end
         self._home.submit(task)
-        self.owes_turn = True
+        self._owes_turn = True

@@ -149,8 +149,7 @@ class AsyncioSpawner:
     def is_closed(self) -> bool:
         return self._loop.is_closed()
 
-    def turn(self) -> Awaitable[None]:
-        return _turn()
+    turn = staticmethod(_turn)
 
     def turn_from_thread(self) -> None:
         # The loop calls back in the order in which it was asked to: what the thread scheduled

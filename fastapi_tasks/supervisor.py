@@ -5,11 +5,13 @@ It knows every live task, starts them from any thread, and sees them to their en
 
 from __future__ import annotations
 
+import functools
 import itertools
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import copy_context
+from logging import DEBUG
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, TypeAlias
@@ -34,7 +36,7 @@ from .info import TaskInfo, key_of
 from .live import LiveTasks, OpenRequest, give_up
 from .observer import Observers, TaskEvent, TaskEventKind, TaskObserver, logger
 from .runner import Runner
-from .spawn import Over, Spawner, current_spawner
+from .spawn import Spawner, current_spawner
 from .tasks import Moment, Task, has_key, is_over
 
 __all__ = ["StandIn", "Supervisor"]
@@ -163,11 +165,14 @@ class Supervisor(ImmediateTasks):
         self._runner: Runner | None = None
         self._inbox = Inbox()
         self._thread: int | None = None
-        self._live: LiveTasks | None = None
-        self._over: Over | None = None
+        self.live: LiveTasks | None = None
+        """What runs in the event loop, once the supervisor was started in one."""
+        self._start: Callable[[Task], None] | None = None
         self._drain: Drain | None = None
         self._is_refusing = False
         self._listeners: list[Callable[[Task], None]] = []
+        self.open_requests: set[OpenRequest] = set()
+        """The requests that have taken tasks and are not over; changed in the loop's thread only."""
         self._engines = StartedEngines()
         self.stand_in: StandIn | None = None
         """What decides in its place, in a test."""
@@ -204,14 +209,14 @@ class Supervisor(ImmediateTasks):
             is_async,
         )
         # Asked once for each task: who begins to watch meanwhile, hears of the next ones.
-        if self._observers.watch_routine():
+        if self._observers.is_watched or logger.isEnabledFor(DEBUG):
             self.announce(task)
         return task
 
     @property
     def is_watched(self) -> bool:
         """Whether anybody wants to hear of what happens to every task that goes well."""
-        return self._observers.watch_routine()
+        return self._observers.is_watched or logger.isEnabledFor(DEBUG)
 
     def announce(self, task: Task) -> None:
         """Tell the observers of a task that was made, and have them told of all that follows."""
@@ -281,7 +286,7 @@ class Supervisor(ImmediateTasks):
     @property
     def running(self) -> tuple[Task, ...]:
         """The tasks that were started and are not over, the oldest first."""
-        return () if self._live is None else self._live.tasks()
+        return () if self.live is None else self.live.tasks()
 
     @property
     def recent(self) -> tuple[TaskInfo, ...]:
@@ -291,7 +296,7 @@ class Supervisor(ImmediateTasks):
         a shutdown is there too, with the status that it had then until it ends. They
         are no tasks but what there was to tell of them: what tasks got and returned is let go.
         """
-        live = self._live
+        live = self.live
         ended = () if live is None else live.ended()  # first: they become the others
         return self._history.infos(ended)
 
@@ -322,6 +327,11 @@ class Supervisor(ImmediateTasks):
         """Whether the supervisor takes every task: it was started, and no drain has begun."""
         return self._state is _RUNNING
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether a drain has begun, and is not over."""
+        return self._state is _DRAINING or self._state is _CLOSING
+
     def require_running(self) -> None:
         """Do nothing while the supervisor takes tasks.
 
@@ -339,7 +349,7 @@ class Supervisor(ImmediateTasks):
 
         :raises TooManyTasksError: as many are live, or more
         """
-        limit, live = self.settings.max_tasks, self._live
+        limit, live = self.settings.max_tasks, self.live
         if limit is None or live is None:  # nothing is live in a supervisor that never ran
             return
         # Those that have ended may still be there for a turn of the event loop. To leave them out
@@ -404,10 +414,17 @@ class Supervisor(ImmediateTasks):
         self._run_id = _new_run_id()
         self._spawner = current_spawner()
         self._runner = Runner(self._spawner, self._observers, self.settings.threads)
-        self._live = LiveTasks(
-            self._spawner, self._runner, self._observers, self._history, self._listeners
+        self.open_requests = set()
+        self.live = LiveTasks(
+            self._spawner,
+            self._runner,
+            self._observers,
+            self._history,
+            self._listeners,
+            self.open_requests,
         )
-        self._over = self._live.over
+        # Bound once for all tasks, and here, since what refers to itself is left to the collector.
+        self._start = functools.partial(self.live.start, self.live.over)
         self._thread = get_ident()
         self._state = _RUNNING
         self._inbox.open(self._spawner)  # last: until then, threads have their tasks dropped
@@ -424,7 +441,7 @@ class Supervisor(ImmediateTasks):
         :return: what became of the tasks
         :raises SupervisorStateError: the supervisor is not running
         """
-        live = self._live
+        live = self.live
         if self._state is not _RUNNING or live is None:
             raise SupervisorStateError("drain() was called while the supervisor is not running")
         # What was scheduled before is not to be dropped, and what waits for a response that the
@@ -513,13 +530,13 @@ class Supervisor(ImmediateTasks):
         :return: whether that came in time
         """
         self._inbox.take()
-        assert self._live is not None
-        return await self._live.wait_until_empty(anyio.current_time() + seconds)
+        assert self.live is not None
+        return await self.live.wait_until_empty(anyio.current_time() + seconds)
 
     @property
     def waiting_requests(self) -> int:
         """How many requests have tasks that wait for one of their moments."""
-        return 0 if self._live is None else self._live.waiting_requests()
+        return 0 if self.live is None else self.live.waiting_requests()
 
     def end(self, run_id: str) -> tuple[Task, ...]:
         """Stop what :meth:`begin` has begun, without a drain; return the tasks that are cut off.
@@ -530,29 +547,12 @@ class Supervisor(ImmediateTasks):
             return ()
         left = self.running
         if self.has_loop:
-            assert self._live is not None
-            self._live.cancel(left, "its test is over")
+            assert self.live is not None
+            self.live.cancel(left, "its test is over")
             self._stop()
         else:
             self._lose_loop()
         return left
-
-    # Requests whose tasks may wait, from any thread
-
-    def open(self, request: OpenRequest) -> None:
-        """Take note of a request whose tasks may come to wait, until :meth:`close`."""
-        live = self._live
-        if live is None:  # it is in a test whose tasks never run
-            return
-        live.open(request)
-        state = self._state
-        if state is _DRAINING or state is _CLOSING:
-            request.end_response()  # as the drain did with the other ones
-
-    def close(self, request: OpenRequest) -> None:
-        """Forget a request that is over."""
-        if self._live is not None:
-            self._live.close(request)
 
     # What happens in the loop's thread
 
@@ -564,7 +564,7 @@ class Supervisor(ImmediateTasks):
 
     def _known(self) -> Iterator[Task]:
         """Yield every task that is not over, in the order in which tasks go from place to place."""
-        live = self._live
+        live = self.live
         if live is not None:
             yield from live.waiting()
         yield from (
@@ -578,14 +578,13 @@ class Supervisor(ImmediateTasks):
         return not self.is_here and self._inbox.put(func, *args)
 
     def _admit(self, task: Task) -> None:
-        if is_over(task):
-            return  # cancelled before its moment came
+        if task.context is None:
+            return  # given up before its moment came
         state = self._state
         if state is _RUNNING or (state is _DRAINING and task.config.shielded):
-            assert self._live is not None
-            assert self._over is not None
+            assert self._start is not None
             try:
-                self._live.start(task, self._over)
+                self._start(task)
             except RuntimeError:
                 self._drop(task, _LOST)
         else:
@@ -615,8 +614,8 @@ class Supervisor(ImmediateTasks):
             if not give_up(task, kind, _BY_USER, self._observers, history=history):
                 self.cancel_task(task)  # or did: the loop has begun it while a thread was here
         elif self.is_here:
-            assert self._live is not None
-            self._live.cancel((task,), _BY_USER)
+            assert self.live is not None
+            self.live.cancel((task,), _BY_USER)
         else:
             # The loop has started it while a thread was here. If it takes nothing any more, it is
             # stopping, and gives the task up itself.
@@ -633,11 +632,11 @@ class Supervisor(ImmediateTasks):
 
     def _lose_loop(self) -> None:
         """Give up what ran in a loop that was closed before anybody drained the supervisor."""
-        live = self._live
+        live = self.live
         self._stop()
         assert live is not None
         live.lose(_LOST)
-        self._live = self._over = None
+        self.live = self._start = None
 
 
 def _key_of(task_id: object) -> tuple[str, int]:

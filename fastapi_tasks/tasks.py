@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context, ContextVar, Token
 from threading import Lock, RLock
 from time import time
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import Any, Generic, Literal, Protocol, TypeAlias, cast
 
 import anyio
@@ -127,7 +127,7 @@ class Task(Generic[P, T_co]):
         "_ended_at",
         "_error",
         "_finished",
-        "_kwargs",
+        "_is_unclaimed",
         "_number",
         "_owner",
         "_progress",
@@ -151,6 +151,7 @@ class Task(Generic[P, T_co]):
         "is_watched",
         "moment",
         "name",
+        "named_args",
         "request_end",
         "strays",
     )
@@ -174,8 +175,10 @@ class Task(Generic[P, T_co]):
         """The positional arguments that it is called with."""
         self.config = config
         """The app's, the function's and the call's configuration, merged."""
-        name = config.name or qualified_name(func)
-        # Asked here too, since nearly every name is.
+        name = config.name or (
+            func.__qualname__ if type(func) is FunctionType else qualified_name(func)
+        )
+        # Asked here too, as above, since it is so for nearly every task.
         self.name = name if name.isprintable() else printable(name)
         """The configured name, else the function's qualified name; fit to be printed."""
         self.context: Context | None = context
@@ -206,10 +209,13 @@ class Task(Generic[P, T_co]):
         """How the request ends that the task was scheduled on, until the task is over."""
         self._owner = owner
         # Most have none, and live tasks may be many.
-        self._kwargs = kwargs or None
+        self.named_args = kwargs or None
+        """The keyword arguments, if there are any."""
         self._run_id = run_id
         self._number = number
         self._status = _PENDING
+        # Whoever takes this away, decides whether it begins: it is there once, and takes no lock.
+        self._is_unclaimed = True
         self._attempt = 0
         self._progress: Progress | None = None
         # By the clock of the machine, in seconds: whoever reads them is elsewhere.
@@ -231,7 +237,7 @@ class Task(Generic[P, T_co]):
     @property
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments that it is called with."""
-        return self._kwargs or {}
+        return self.named_args or {}
 
     @property
     def status(self) -> TaskStatus:
@@ -447,7 +453,8 @@ def record_of(task: Task) -> Record:
     """Return what a task is like now, without anything that leads to it."""
     if task._status is _SUCCEEDED:  # as most are that anybody keeps
         return (
-            (task._run_id, task._number),
+            task._run_id,
+            task._number,
             task.name,
             _SUCCEEDED,
             task._attempt,
@@ -469,7 +476,8 @@ def record_of(task: Task) -> Record:
         ended, error = task._ended_at, task._error
     kind, text = (None, None) if error is None else shown_error(error)
     return (
-        (task._run_id, task._number),
+        task._run_id,
+        task._number,
         task.name,
         status,
         attempt,
@@ -498,15 +506,17 @@ def begin(task: Task) -> None:
 
     :raises GivenUp: the task was given up before
     """
-    with _giving_up:
-        if task._status is not _PENDING and task._status is not _RUNNING:
-            raise GivenUp
-        if task._begun_at is None:
-            task._begun_at = time()
-        else:
-            task._progress = None
-        task._attempt += 1
-        task._status = _RUNNING  # last, as in settle()
+    if task._status is _RUNNING:  # in an attempt before
+        task._progress = None
+    else:
+        try:
+            del task._is_unclaimed
+        except AttributeError:
+            with _giving_up:  # who has claimed it, is done with that
+                raise GivenUp from None
+        task._begun_at = time()
+    task._attempt += 1
+    task._status = _RUNNING  # last, as in settle()
     if task._started is not None:
         task._started.set()
 
@@ -564,6 +574,10 @@ def settle_unbegun(task: Task) -> bool:
     """
     with _giving_up:  # two threads may want to, and only one of them reports it
         if task._status is not _PENDING:
+            return False
+        try:
+            del task._is_unclaimed
+        except AttributeError:  # the loop has, this moment
             return False
         settle(task, _CANCELLED)
     return True

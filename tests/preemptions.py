@@ -203,7 +203,7 @@ class Case:
             await self.supervisor.drain()
             self.reports.clear()
         if self.has == "request":
-            self.supervisor.open(self.request)
+            self.supervisor.open_requests.add(self.request)
         if self.has in {"batch", "request"}:
             self.tasks.append(self.later.schedule(self.gate.wait))
         elif self.has != "none":

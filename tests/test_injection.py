@@ -386,15 +386,13 @@ async def test_a_request_that_is_over_is_not_kept(app: FastAPI) -> None:
 
     @app.get("/")
     async def endpoint(tasks: Tasks) -> None:
-        assert tasks.on_batch is not None
+        assert tasks.on_late_batch is not None
         seen.append(tasks)
-        told.append(tasks.on_batch)
+        told.append(tasks.on_late_batch)
 
     async with lifespan(app):
         await request(app, "/")
         (tasks,), (tell,) = seen, told
         tell()
-        live = get_supervisor(app)._live
-        assert live is not None
-        assert live._requests == set()
+        assert get_supervisor(app).open_requests == set()
         assert await tasks.after_response.schedule(anyio.sleep, 0).wait() is None

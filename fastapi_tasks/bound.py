@@ -138,7 +138,7 @@ class BoundTasks(ABC):
             if type(value) not in PLAIN:  # as hardly one is
                 check_arguments(func, args, kwargs, self._endpoint)
                 break
-        task = self._home.create(func, args, kwargs, config, self._moment, is_async=awaited)
+        task = self._home.create(func, args, kwargs, config, self._moment, awaited)
         self._place(task)
         return task
 
@@ -156,7 +156,7 @@ class BoundTasks(ABC):
         # What was promised is not to be lost: a shutdown waits, if nobody says otherwise.
         config = self._inherited.merge(TaskConfig(name=engine.name_of(func), shield=True))
         config = replace(config.merge(own), delay=None)
-        task = self._home.create(enqueue, (), {}, config, self._moment, is_async=True)
+        task = self._home.create(enqueue, (), {}, config, self._moment, True)
         self._place(task)
         return task
 

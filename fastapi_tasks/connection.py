@@ -21,7 +21,7 @@ from starlette.websockets import WebSocketDisconnect
 from .config import TaskConfig
 from .errors import UnsupportedFastAPIError
 from .scheduler import TasksScheduler
-from .supervisor import Supervisor
+from .supervisor import RUNNING, Supervisor
 from .tasks import RequestEnd, Task, enter, find_current_task, leave
 
 __all__ = [
@@ -91,7 +91,7 @@ class Connection:
         self._request_stack: ExitStack | None = None
         self._token: Token[Connection | None] | None = None
 
-    def take_scheduler(self, scope: Scope, *, watch_exit: bool = True) -> TasksScheduler:
+    def take_scheduler(self, scope: Scope, watch_exit: bool = True) -> TasksScheduler:
         """Return the scheduler, and see to it that it hears of the end of the route.
 
         :param scope: the connection's
@@ -109,7 +109,8 @@ class Connection:
             if not self._is_attempted_again(request_stack):
                 return self.scheduler
             self.close()
-        supervisor.require_running()
+        if supervisor.state is not RUNNING or supervisor.stand_in is not None:
+            supervisor.require_running()
         if self.scheduler is None and supervisor.settings.max_tasks is not None:
             supervisor.require_room()  # once: a request that was let in stays so
         self.returned = self._failed = self.is_closed = self._watches_exit = False
@@ -128,7 +129,7 @@ class Connection:
         if self.endpoint is None:
             function_stack.push(self._exit_function_stack)
         if self.client_gone:
-            scheduler.response_over(failed=False)  # a WebSocket's peer, before anybody asked
+            scheduler.response_over(False)  # a WebSocket's peer, before anybody asked
         return scheduler
 
     def endpoint_over(self, error: BaseException | None = None) -> bool:
@@ -144,7 +145,7 @@ class Connection:
         scheduler = self.scheduler
         if scheduler is None:
             return False
-        return scheduler.route_over(failed=error is not None)
+        return scheduler.route_over(error is not None)
 
     def response_over(self) -> None:
         """Release what waits for the response, since it was sent."""
@@ -154,20 +155,20 @@ class Connection:
         if scheduler is None or scheduler.is_over:
             return
         if self.returned and not self._failed:
-            scheduler.response_over(failed=False)
+            scheduler.response_over(False)
 
     def peer_left(self) -> None:
         """Release everything, since the WebSocket's peer has disconnected."""
         self.client_gone = True
         if self.scheduler is not None:
-            self.scheduler.response_over(failed=False)
+            self.scheduler.response_over(False)
 
     def close(self) -> None:
         """Release what is left, since the app is done with the connection."""
         scheduler = self.scheduler
         if scheduler is None:
             return
-        scheduler.close(failed=self._failed or not self.returned)
+        scheduler.close(self._failed or not self.returned)
         self.end = None
         supervisor = self.supervisor
         supervisor.open_requests.discard(self)

@@ -110,7 +110,7 @@ class LiveTasks:
         """
         main = self._runner.run(task)
         try:
-            handle = self._spawner.spawn(main, name=task.name, context=task.context, over=over)
+            handle = self._spawner.spawn(main, task.name, task.context, over)
         except RuntimeError:
             main.close()
             raise

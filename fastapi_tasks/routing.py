@@ -105,7 +105,7 @@ class TasksRoute(APIRoute):
                     if connection is None or (overrides and get_tasks in overrides):
                         scope[_TAKEN] = await _take_tasks(request)
                     else:
-                        scope[_TAKEN] = connection.take_scheduler(scope, watch_exit=not is_simple)
+                        scope[_TAKEN] = connection.take_scheduler(scope, not is_simple)
                 response = await handler(request)
                 if connection is None or connection.scheduler is None:
                     return response

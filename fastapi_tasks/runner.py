@@ -104,7 +104,7 @@ class Runner:
                     enter(None)
                 del task
         else:
-            settle(task, _SUCCEEDED, result=result)
+            settle(task, _SUCCEEDED, result)
             if task.is_watched:
                 self._tell(TaskEventKind.FINISHED, task)
             if task.strays:

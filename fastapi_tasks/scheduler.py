@@ -45,7 +45,7 @@ class TasksBatch(BoundTasks):
         self._taken: Task | None = None
         self._failed: bool | None = None
 
-    def release(self, *, failed: bool) -> bool:
+    def release(self, failed: bool) -> bool:
         """Start the tasks that wait and whose ``run_if`` fits, and drop the others.
 
         It may be called again and from any thread: each task starts once, and what the first
@@ -108,7 +108,7 @@ class TasksBatch(BoundTasks):
         self._waiting.append(task)
         # Looked at afterwards: a release in another thread sees the task, or this one sees it.
         if self._failed is not None:
-            self.release(failed=self._failed)
+            self.release(self._failed)
 
     def _check(self, config: TaskConfig) -> None:
         return None
@@ -195,9 +195,9 @@ class TasksScheduler(ImmediateTasks):
         if on_late_batch is not None:
             on_late_batch()
         if failed is not None:
-            batch.release(failed=failed)
+            batch.release(failed)
 
-    def route_over(self, *, failed: bool) -> bool:
+    def route_over(self, failed: bool) -> bool:
         """Release the tasks that wait for the endpoint.
 
         :param failed: whether it raised
@@ -206,40 +206,40 @@ class TasksScheduler(ImmediateTasks):
         if self._route_failed is None:
             self._route_failed = failed
         batch = self.batches.get("after_route")
-        if batch is not None and batch.release(failed=self._route_failed):
+        if batch is not None and batch.release(self._route_failed):
             self._owes_turn = False
             return True
         return self.takes_turn()
 
-    def response_over(self, *, failed: bool) -> None:
+    def response_over(self, failed: bool) -> None:
         """Release the tasks that wait for the response, and those that wait for the endpoint.
 
         :param failed: whether the request went wrong anywhere
         """
         batch = self.batches.get("after_route")
         if self._route_failed is None or (batch is not None and batch._waiting):
-            self._owes_turn = self.route_over(failed=failed)
+            self._owes_turn = self.route_over(failed)
         if self._response_failed is None:
             self._response_failed = failed
         batch = self.batches.get("after_response")
-        if batch is not None and batch.release(failed=self._response_failed):
+        if batch is not None and batch.release(self._response_failed):
             self._owes_turn = True
         # Last: whoever interrupts it leaves the rest to the next one who calls.
         self.is_over = True
 
-    def close(self, *, failed: bool) -> None:
-        """Release what is left, and forget the request, since it is over.
-
-        Its tasks alone are to know how it has ended: the error leads to the frames of the
-        request, and those lead here.
+    def close(self, failed: bool) -> None:
+        """Release what is left, since the request is over.
 
         :param failed: whether it went wrong anywhere
         """
         if not self.is_over:
-            self.response_over(failed=failed)
-        self.end = self.on_late_batch = None
-        if self.batches:
-            for batch in tuple(self.batches.values()):  # a thread may ask for one meanwhile
+            self.response_over(failed)
+        self.on_late_batch = None
+        if self.end is not None and self.end.error is not None:
+            # Its tasks alone are to know it: it leads to the frames of the request, and those
+            # lead here.
+            self.end = None
+            for batch in self._made():
                 batch.end = None
 
     def takes_turn(self) -> bool:

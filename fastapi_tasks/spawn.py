@@ -40,7 +40,7 @@ class Spawner(Protocol):
     cancelled: type[BaseException]
     """What the loop raises in a task that is cancelled."""
 
-    def spawn(self, main: Main, *, name: str, context: Context | None, over: Over) -> Handle:
+    def spawn(self, main: Main, name: str, context: Context | None, over: Over) -> Handle:
         """Start a task, which takes its first step when the loop is free, not before."""
         ...
 
@@ -105,7 +105,7 @@ class AsyncioSpawner:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
 
-    def spawn(self, main: Main, *, name: str, context: Context | None, over: Over) -> Handle:
+    def spawn(self, main: Main, name: str, context: Context | None, over: Over) -> Handle:
         # Not loop.create_task: an eager task factory would run the first step at once.
         task = asyncio.Task(main, loop=self._loop, name=name, context=context)
         task.add_done_callback(over, context=context)
@@ -228,7 +228,7 @@ class TrioSpawner:
         self._trio = trio
         self._token = trio.lowlevel.current_trio_token()
 
-    def spawn(self, main: Main, *, name: str, context: Context | None, over: Over) -> Handle:
+    def spawn(self, main: Main, name: str, context: Context | None, over: Over) -> Handle:
         handle = _TrioHandle(self._trio.CancelScope())
         self._trio.lowlevel.spawn_system_task(
             self._run, handle, main, over, name=name, context=context

@@ -39,29 +39,29 @@ from .runner import Runner
 from .spawn import Spawner, current_spawner
 from .tasks import Moment, Task, has_key, is_over
 
-__all__ = ["StandIn", "Supervisor"]
+__all__ = ["RUNNING", "StandIn", "Supervisor"]
 
 _BY_USER = "its cancel() was called"
-_NOT_RUNNING = "its supervisor is not running; it does from the app's start-up to its shutdown"
+_NOTRUNNING = "its supervisor is not running; it does from the app's start-up to its shutdown"
 _LOST = "the event loop was closed before the app was shut down"
 
 
 # Names in place of an enum's members, which take longer to find: each task and request asks.
-_State: TypeAlias = Literal["new", "running", "draining", "closing", "stopped"]
+State: TypeAlias = Literal["new", "running", "draining", "closing", "stopped"]
 
-_NEW: _State = "new"
-_RUNNING: _State = "running"
-_DRAINING: _State = "draining"
+_NEW: State = "new"
+RUNNING: State = "running"
+_DRAINING: State = "draining"
 """Takes shielded tasks only."""
-_CLOSING: _State = "closing"
+_CLOSING: State = "closing"
 """Takes none; what is left has been cancelled."""
-_STOPPED: _State = "stopped"
+_STOPPED: State = "stopped"
 
 _REFUSALS = {
-    _NEW: _NOT_RUNNING,
+    _NEW: _NOTRUNNING,
     _DRAINING: "the app is shutting down, and the task is not shielded",
     _CLOSING: "the app is shutting down, and has no time left to run it",
-    _STOPPED: _NOT_RUNNING,
+    _STOPPED: _NOTRUNNING,
 }
 
 
@@ -159,7 +159,8 @@ class Supervisor(ImmediateTasks):
         self._observers = Observers(self.settings.observers)
         self._history = History(history)
         self._numbers = itertools.count(1)
-        self._state: _State = _NEW
+        self.state: State = _NEW
+        """How far it has come."""
         self._run_id = _new_run_id()
         self._spawner: Spawner | None = None
         self._runner: Runner | None = None
@@ -172,7 +173,7 @@ class Supervisor(ImmediateTasks):
         self._is_refusing = False
         self._listeners: list[Callable[[Task], None]] = []
         self.open_requests: set[OpenRequest] = set()
-        """The requests that have taken tasks and are not over; changed in the loop's thread only."""
+        """The requests that have taken tasks and are not over; written in the loop's thread only."""
         self._engines = StartedEngines()
         self.stand_in: StandIn | None = None
         """What decides in its place, in a test."""
@@ -191,7 +192,6 @@ class Supervisor(ImmediateTasks):
         kwargs: dict[str, Any],
         config: TaskConfig,
         moment: Moment,
-        *,
         is_async: bool,
     ) -> Task:
         """Make a task of a call, with the context variables of this moment."""
@@ -325,12 +325,12 @@ class Supervisor(ImmediateTasks):
     @property
     def is_running(self) -> bool:
         """Whether the supervisor takes every task: it was started, and no drain has begun."""
-        return self._state is _RUNNING
+        return self.state is RUNNING
 
     @property
     def is_draining(self) -> bool:
         """Whether a drain has begun, and is not over."""
-        return self._state is _DRAINING or self._state is _CLOSING
+        return self.state is _DRAINING or self.state is _CLOSING
 
     def require_running(self) -> None:
         """Do nothing while the supervisor takes tasks.
@@ -339,9 +339,9 @@ class Supervisor(ImmediateTasks):
         """
         if self.stand_in is not None:
             self.stand_in.require_running()
-        elif self._state is _NEW:
+        elif self.state is _NEW:
             raise FastAPITasksUninitializedAppError(UninitializedReason.NOT_STARTED)
-        elif self._state is _STOPPED:
+        elif self.state is _STOPPED:
             raise FastAPITasksUninitializedAppError(UninitializedReason.STOPPED)
 
     def require_room(self) -> None:
@@ -407,7 +407,7 @@ class Supervisor(ImmediateTasks):
 
         :raises SupervisorStateError: the supervisor is running already
         """
-        if self._state not in (_NEW, _STOPPED):
+        if self.state not in (_NEW, _STOPPED):
             if self.has_loop:
                 raise SupervisorStateError("start() was called while the supervisor is running")
             self._lose_loop()
@@ -426,7 +426,7 @@ class Supervisor(ImmediateTasks):
         # Bound once for all tasks, and here, since what refers to itself is left to the collector.
         self._start = functools.partial(self.live.start, self.live.over)
         self._thread = get_ident()
-        self._state = _RUNNING
+        self.state = RUNNING
         self._inbox.open(self._spawner)  # last: until then, threads have their tasks dropped
         return self._run_id
 
@@ -442,14 +442,14 @@ class Supervisor(ImmediateTasks):
         :raises SupervisorStateError: the supervisor is not running
         """
         live = self.live
-        if self._state is not _RUNNING or live is None:
+        if self.state is not RUNNING or live is None:
             raise SupervisorStateError("drain() was called while the supervisor is not running")
         # What was scheduled before is not to be dropped, and what waits for a response that the
         # server is done with has come to its moment: it closes connections before it shuts down.
         # https://asgi.readthedocs.io/en/latest/specs/lifespan.html#shutdown-receive-event
         self._inbox.take()
         live.end_responses()
-        self._state = _DRAINING
+        self.state = _DRAINING
         plan = DrainPlan(self.settings.grace, self.settings.shutdown_timeout)
         drain = self._drain = Drain(live, self._observers, plan, self._close)
         self._engines.pause()
@@ -580,8 +580,8 @@ class Supervisor(ImmediateTasks):
     def _admit(self, task: Task) -> None:
         if task.context is None:
             return  # given up before its moment came
-        state = self._state
-        if state is _RUNNING or (state is _DRAINING and task.config.shielded):
+        state = self.state
+        if state is RUNNING or (state is _DRAINING and task.config.shielded):
             assert self._start is not None
             try:
                 self._start(task)
@@ -594,7 +594,7 @@ class Supervisor(ImmediateTasks):
         """Return why the inbox takes nothing."""
         if self.is_running and self._spawner is not None and self._spawner.is_closed():
             return _LOST
-        return _REFUSALS.get(self._state, _NOT_RUNNING)  # not there while it is being started
+        return _REFUSALS.get(self.state, _NOTRUNNING)  # not there while it is being started
 
     def _drop(self, task: Task, reason: str, expected: bool = False) -> None:
         kind = TaskEventKind.DROPPED
@@ -622,10 +622,10 @@ class Supervisor(ImmediateTasks):
             self._is_handed_over(self._cancel_one, task)
 
     def _close(self) -> None:
-        self._state = _CLOSING
+        self.state = _CLOSING
 
     def _stop(self) -> None:
-        self._state = _STOPPED
+        self.state = _STOPPED
         self._thread = None
         self._inbox.close()
         self._drain = None

@@ -547,7 +547,7 @@ def is_pending(task: Task) -> bool:
 
 
 def settle(
-    task: Task, status: TaskStatus, *, result: object = None, error: BaseException | None = None
+    task: Task, status: TaskStatus, result: object = None, error: BaseException | None = None
 ) -> bool:
     """Note that the task is over, and wake up whoever waits for it.
 

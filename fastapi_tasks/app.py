@@ -169,6 +169,9 @@ class TasksMiddleware:
                 else:
                     connection.client_gone = True
                 raise
+            except BaseException as error:
+                connection.not_sent(error)
+                raise
             if step == "http.response.body" and not message.get("more_body", False):
                 connection.sent = True
 

@@ -51,7 +51,6 @@ class TaskHome(TaskOwner, Protocol):
         kwargs: dict[str, Any],
         config: TaskConfig,
         moment: Moment,
-        *,
         is_async: bool,
     ) -> Task:
         """Make a task of a call, with the context variables of this moment."""

@@ -147,6 +147,14 @@ class Connection:
             return False
         return scheduler.route_over(error is not None)
 
+    def not_sent(self, error: BaseException) -> None:
+        """Take note that the server has failed to send a message, though the client is there.
+
+        :param error: what it has raised
+        """
+        if self.is_closed and self._is_failure(error):  # before that, the exit stack tells
+            self._fail(error)
+
     def response_over(self) -> None:
         """Release what waits for the response, since it was sent."""
         # After an error an exception handler is yet to send the response: what waits for that,

@@ -83,7 +83,7 @@ class TasksRoute(APIRoute):
         is_wrapped = _is_wrapper(endpoint)
         users_endpoint = cast(Any, endpoint).__wrapped__ if is_wrapped else endpoint
         is_fresh = self._makes_responses()
-        # Between its endpoint and its response there is nobody's code.
+        # Whether nobody's code comes between its endpoint and its response.
         is_direct = is_wrapped and is_fresh and not self.dependant.dependencies
 
         async def handle(request: Request) -> Response:
@@ -92,53 +92,57 @@ class TasksRoute(APIRoute):
             if current_connection() is not None:
                 leave_outer_connection(scope)
             connection: Connection | None = scope.get(CONNECTION)
-            outer = None
-            if connection is not None:
-                outer, connection.endpoint = connection.endpoint, endpoint
-                connection.is_exact = is_wrapped
-            is_simple = is_direct and outer is None
+            if connection is None:
+                return await handle_alone(request)
+            outer, connection.endpoint = connection.endpoint, endpoint
+            connection.is_exact = is_wrapped
+            watches_exit = outer is not None or not is_direct
             try:
                 if takes_tasks:
-                    # Here and not in the endpoint's wrapper, which may run in a thread.
-                    # FastAPI's app puts itself there; another one has no overrides.
-                    overrides = getattr(scope.get("app"), "dependency_overrides", None)
-                    if connection is None or (overrides and get_tasks in overrides):
-                        scope[_TAKEN] = await _take_tasks(request)
-                    else:
-                        scope[_TAKEN] = connection.take_scheduler(scope, not is_simple)
+                    # Here and not in the endpoint's wrapper, which may run in a thread. What is
+                    # asked here is what _is_overridden() asks.
+                    scope[_TAKEN] = (
+                        await _take_tasks(request)
+                        if get_tasks in getattr(scope.get("app"), "dependency_overrides", ())
+                        else connection.take_scheduler(scope, watches_exit)
+                    )
                 response = await handler(request)
-                if connection is None or connection.scheduler is None:
+                if connection.scheduler is None:
                     return response
                 if not is_wrapped and connection.endpoint_over():
                     # The wrapper would have done so, but a generator endpoint has none: it has
                     # returned as soon as the generator is there.
                     await connection.supervisor.turn()
-                waits = not is_wrapped or "after_response" in connection.scheduler.batches
                 if (
-                    is_simple
-                    and not waits
+                    not watches_exit
+                    and "after_response" not in connection.scheduler.batches
                     and type(response) in _PLAIN_RESPONSES
                     and response.background is None
                 ):
-                    connection.is_closed = True  # nothing can come that its tasks would hear of
+                    connection.is_closed = True  # there is nothing that an exit could tell
                 else:
-                    response = _watched(
-                        response, connection, waits=waits, is_fresh=is_fresh, is_simple=is_simple
-                    )
+                    response = _releasing(response, connection, is_fresh, not watches_exit)
                 connection.response = None  # tasks may keep the connection for long
                 return response
             except BaseException as error:
-                if connection is not None:
-                    if is_simple:
-                        connection.watch_exit()
-                    connection.endpoint_over(error)
-                if isinstance(error, ValidationException):
-                    _name_users_file(error, endpoint)
+                connection.watch_exit()
+                connection.endpoint_over(error)
+                _name_users_file(error, endpoint)
                 raise
             finally:
-                if connection is not None and outer is not None:
+                if outer is not None:
                     # An endpoint has called the app's router, and is still to return itself.
                     connection.endpoint = outer
+
+        async def handle_alone(request: Request) -> Response:
+            """Handle a request of an app without tasks; an override may give it some."""
+            try:
+                if takes_tasks:
+                    request.scope[_TAKEN] = await _take_tasks(request)
+                return await handler(request)
+            except BaseException as error:
+                _name_users_file(error, endpoint)
+                raise
 
         return handle
 
@@ -169,19 +173,19 @@ class _AfterResponse(BackgroundTasks):
             await super().__call__()
 
 
-def _watched(
-    response: Response, connection: Connection, *, waits: bool, is_fresh: bool, is_simple: bool
+def _releasing(
+    response: Response, connection: Connection, is_fresh: bool, is_direct: bool
 ) -> Response:
-    """Return a response whose end, whatever that is, releases the request's tasks.
+    """Return a response whose end releases the request's tasks, whatever that end is.
 
-    :param waits: whether tasks may wait for it
     :param is_fresh: whether it was made for this request, unless the endpoint has returned it
-    :param is_simple: whether nothing is called when it was sent but its background tasks
+    :param is_direct: whether the exit stack is closed as soon as it was sent
     """
-    if is_simple:
-        connection.watch_exit()
+    assert connection.scheduler is not None
+    connection.watch_exit()
     then = response.background
-    if then is None and (is_simple or not waits):
+    waits = not connection.is_exact or "after_response" in connection.scheduler.batches
+    if then is None and (is_direct or not waits):
         return response
     if response is not connection.response and not (is_fresh and connection.returned):
         response = copy.copy(response)
@@ -354,11 +358,12 @@ def _is_wrapper(endpoint: Callable[..., Any] | None) -> bool:
     return getattr(endpoint, _WRAPPER, None) is endpoint
 
 
-def _name_users_file(error: ValidationException, endpoint: Callable[..., Any]) -> None:
+def _name_users_file(error: BaseException, endpoint: Callable[..., Any]) -> None:
     """Undo that FastAPI takes the wrapper's file for the endpoint's."""
-    code = getattr(inspect.unwrap(endpoint), "__code__", None)
-    if error.endpoint_file == __file__ and code is not None:
-        error.endpoint_file = code.co_filename
+    if isinstance(error, ValidationException) and error.endpoint_file == __file__:
+        code = getattr(inspect.unwrap(endpoint), "__code__", None)
+        if code is not None:
+            error.endpoint_file = code.co_filename
 
 
 def _note_plain_route(scope: Scope) -> None:

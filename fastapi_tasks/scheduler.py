@@ -134,6 +134,8 @@ class TasksScheduler(ImmediateTasks):
         "on_late_batch",
     )
 
+    _home: Supervisor
+
     def __init__(
         self,
         supervisor: Supervisor,

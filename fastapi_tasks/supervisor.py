@@ -173,7 +173,7 @@ class Supervisor(ImmediateTasks):
         self._is_refusing = False
         self._listeners: list[Callable[[Task], None]] = []
         self.open_requests: set[OpenRequest] = set()
-        """The requests that have taken tasks and are not over; written in the loop's thread only."""
+        """Those that have taken tasks and are not over; written in the loop's thread only."""
         self._engines = StartedEngines()
         self.stand_in: StandIn | None = None
         """What decides in its place, in a test."""

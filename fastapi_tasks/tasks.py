@@ -156,6 +156,11 @@ class Task(Generic[P, T_co]):
         "strays",
     )
 
+    # There are none before the task is over, or has failed.
+    _ended_at: float
+    _result: Any
+    _traceback: TracebackType | None
+
     def __init__(
         self,
         owner: TaskOwner,
@@ -221,10 +226,7 @@ class Task(Generic[P, T_co]):
         # By the clock of the machine, in seconds: whoever reads them is elsewhere.
         self._created_at = time()
         self._begun_at: float | None = None
-        self._ended_at: float | None = None
-        self._result: Any = None
         self._error: BaseException | None = None
-        self._traceback: TracebackType | None = None
         # Made when somebody looks: an event costs more than the rest of the task.
         self._started: anyio.Event | None = None
         self._finished: anyio.Event | None = None

@@ -1,0 +1,206 @@
+"""Routes with nobody's code between the endpoint and the response: what they are spared of costs
+no promise."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import anyio
+import pytest
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastapi_tasks import Tasks, TasksScheduler, add_tasks, current_task, get_supervisor, get_tasks
+
+from .asgi import lifespan, request
+from .recording import Timeline, idle, let_others_run
+
+
+class FerryError(Exception):
+    """What goes wrong in this module's harbour."""
+
+
+class Watch:
+    """A task that runs until the request is over, and then sees what went wrong in it."""
+
+    def __init__(self) -> None:
+        self.request_over = anyio.Event()
+        self.seen: list[BaseException | None] = []
+
+    async def keep(self) -> None:
+        """Be the task."""
+        await self.request_over.wait()
+        self.seen.append(current_task().route_error)
+
+    async def ask(self, app: FastAPI, **how: object) -> None:
+        """Send a request that fails, and wait for its task."""
+        async with lifespan(app):
+            with pytest.raises(FerryError):
+                await request(app, "/", **how)  # type: ignore[arg-type]
+            self.request_over.set()
+            await idle(get_supervisor(app))
+
+
+async def sink(message: Message) -> None:
+    """Be a server that fails to send a body."""
+    if message["type"] == "http.response.body":
+        raise FerryError
+
+
+async def test_a_task_knows_that_the_server_has_failed_to_send(app: FastAPI) -> None:
+    """There is no exit stack that would tell."""
+    watch = Watch()
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        tasks.schedule(watch.keep)
+
+    await watch.ask(app, on_send=sink)
+    assert [type(error) for error in watch.seen] == [FerryError]
+
+
+async def test_what_is_asked_for_late_knows_that_the_server_has_failed_to_send(
+    app: FastAPI, timeline: Timeline
+) -> None:
+    """It waits for a response that fails."""
+    tasks_of: list[TasksScheduler] = []
+
+    async def sink_later(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            (tasks,) = tasks_of
+            for run_if in ("success", "error"):
+                later = tasks.after_response.task(run_if=run_if)  # type: ignore[call-overload]
+                later.schedule(timeline.note, run_if)
+            raise FerryError
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        tasks_of.append(tasks)
+
+    async with lifespan(app):
+        with pytest.raises(FerryError):
+            await request(app, "/", on_send=sink_later)
+        await idle(get_supervisor(app))
+    assert timeline == ["error"]
+
+
+async def test_a_dependency_that_fails_to_close_is_known_to_a_task(app: FastAPI) -> None:
+    """Its route is no such one: the dependency's code comes after the endpoint."""
+    watch = Watch()
+
+    async def quay() -> AsyncIterator[str]:
+        yield "north"
+        raise FerryError
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks, quay: str = Depends(quay, scope="function")) -> None:
+        tasks.schedule(watch.keep)
+
+    await watch.ask(app)
+    assert [type(error) for error in watch.seen] == [FerryError]
+
+
+async def test_a_stream_that_breaks_off_is_known_to_a_task(app: FastAPI) -> None:
+    """A response that is made while it is sent can fail."""
+    watch = Watch()
+
+    async def waves() -> AsyncIterator[str]:
+        yield "high"
+        raise FerryError
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> StreamingResponse:
+        tasks.schedule(watch.keep)
+        return StreamingResponse(waves())
+
+    await watch.ask(app)
+    assert [type(error) for error in watch.seen] == [FerryError]
+
+
+async def test_an_exception_handler_finds_the_tasks_of_the_endpoint(app: FastAPI) -> None:
+    """Closed: what is scheduled for the endpoint's end starts at once."""
+    schedulers: list[TasksScheduler] = []
+
+    async def answer(given: Request, error: Exception) -> Response:
+        schedulers.append(await get_tasks(given))
+        return PlainTextResponse("no ferry", 503)
+
+    app.add_exception_handler(FerryError, answer)
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        schedulers.append(tasks)
+        raise FerryError
+
+    async with lifespan(app):
+        assert (await request(app, "/")).status == 503
+    first, second = schedulers
+    assert first is second
+
+
+class Twice:
+    """A middleware that has every request served twice, and sends the second response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._app(dict(scope), receive, swallow)
+        await self._app(scope, receive, send)
+
+
+async def swallow(message: Message) -> None:
+    """Send a message to nobody."""
+
+
+async def test_a_request_that_is_served_twice_has_its_moments_twice(timeline: Timeline) -> None:
+    """The first response was sent, as far as its route can tell."""
+    app = FastAPI()
+    app.add_middleware(Twice)
+    add_tasks(app)
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        tasks.after_route.schedule(timeline.note, "after_route")
+        await let_others_run()
+        timeline.append("returned")
+
+    async with lifespan(app):
+        await request(app, "/")
+    assert timeline == ["returned", "after_route"] * 2
+
+
+@pytest.mark.parametrize("outer_takes", [True, False], ids=["both", "inner"])
+async def test_an_endpoint_may_have_another_one_answer_in_its_place(
+    app: FastAPI, timeline: Timeline, *, outer_takes: bool
+) -> None:
+    """By the app's router; whichever of them takes tasks first, none of them gets lost."""
+
+    @app.get("/inner")
+    async def inner(tasks: Tasks) -> int:
+        tasks.after_route.schedule(timeline.note, "inner's after_route")
+        tasks.after_response.schedule(timeline.note, "inner's after_response")
+        return 1
+
+    async def answer(given: Request) -> None:
+        for _ in range(2):
+            await app.router({**given.scope, "path": "/inner"}, given.receive, swallow)
+
+    if outer_takes:
+
+        @app.get("/")
+        async def outer(given: Request, tasks: Tasks) -> None:
+            tasks.schedule(timeline.note, "now")
+            await answer(given)
+            tasks.after_response.schedule(timeline.note, "after_response")
+
+    else:
+        app.get("/")(answer)
+
+    async with lifespan(app):
+        await request(app, "/")
+        await idle(get_supervisor(app))
+    assert timeline.count("inner's after_route") == timeline.count("inner's after_response") == 2
+    assert timeline.count("after_response") == timeline.count("now") == int(outer_takes)

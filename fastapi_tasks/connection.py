@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Never, TypeAlias, TypeVar
 
 import anyio
 from fastapi.exceptions import ResponseValidationError
@@ -19,7 +19,11 @@ from starlette.types import Scope
 from starlette.websockets import WebSocketDisconnect
 
 from .config import TaskConfig
-from .errors import UnsupportedFastAPIError
+from .errors import (
+    FastAPITasksUninitializedAppError,
+    UninitializedReason,
+    UnsupportedFastAPIError,
+)
 from .scheduler import TasksScheduler
 from .supervisor import RUNNING, Supervisor
 from .tasks import RequestEnd, Task, enter, find_current_task, leave
@@ -27,6 +31,7 @@ from .tasks import RequestEnd, Task, enter, find_current_task, leave
 __all__ = [
     "CONNECTION",
     "Connection",
+    "Unserved",
     "current_connection",
     "leave_outer_connection",
 ]
@@ -278,6 +283,28 @@ class Connection:
         # Whoever cancels a response that is being sent, takes nothing back of what the endpoint
         # has done: a middleware does so when its client has left.
         return not (self.returned and isinstance(exc, anyio.get_cancelled_exc_class()))
+
+
+class Unserved:
+    """What stands in for the connection where there is no ``add_tasks``: it has no tasks."""
+
+    endpoint: Callable[..., Any] | None = None
+    is_exact = False
+    scheduler = None
+
+    def take_scheduler(self, scope: Scope, watch_exit: bool) -> Never:
+        """Refuse to.
+
+        :raises FastAPITasksUninitializedAppError: always
+        """
+        raise FastAPITasksUninitializedAppError(UninitializedReason.NO_ADD_TASKS)
+
+    def watch_exit(self) -> None:
+        """Do nothing: no task hears of the end."""
+
+    def endpoint_over(self, error: BaseException | None = None) -> bool:
+        """Do nothing, and owe no task a turn of the loop."""
+        return False
 
 
 _current: ContextVar[Connection | None] = ContextVar("fastapi_tasks_connection", default=None)

@@ -20,7 +20,13 @@ from starlette.routing import BaseRoute
 from starlette.types import Scope
 
 from .callables import is_coroutine_endpoint, is_generator_endpoint, qualified_name
-from .connection import CONNECTION, Connection, current_connection, leave_outer_connection
+from .connection import (
+    CONNECTION,
+    Connection,
+    Unserved,
+    current_connection,
+    leave_outer_connection,
+)
 from .errors import FastAPITasksUninitializedAppError, UninitializedReason
 from .observer import logger
 from .scheduler import TasksScheduler
@@ -91,9 +97,7 @@ class TasksRoute(APIRoute):
             scope["endpoint"] = users_endpoint
             if current_connection() is not None:
                 leave_outer_connection(scope)
-            connection: Connection | None = scope.get(CONNECTION)
-            if connection is None:
-                return await handle_alone(request)
+            connection: Connection = scope.get(CONNECTION) or cast(Connection, Unserved())
             outer, connection.endpoint = connection.endpoint, endpoint
             connection.is_exact = is_wrapped
             watches_exit = outer is not None or not is_direct
@@ -133,16 +137,6 @@ class TasksRoute(APIRoute):
                 if outer is not None:
                     # An endpoint has called the app's router, and is still to return itself.
                     connection.endpoint = outer
-
-        async def handle_alone(request: Request) -> Response:
-            """Handle a request of an app without tasks; an override may give it some."""
-            try:
-                if takes_tasks:
-                    request.scope[_TAKEN] = await _take_tasks(request)
-                return await handler(request)
-            except BaseException as error:
-                _name_users_file(error, endpoint)
-                raise
 
         return handle
 

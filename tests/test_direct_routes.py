@@ -9,6 +9,7 @@ import anyio
 import pytest
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_tasks import Tasks, TasksScheduler, add_tasks, current_task, get_supervisor, get_tasks
@@ -172,35 +173,75 @@ async def test_a_request_that_is_served_twice_has_its_moments_twice(timeline: Ti
     assert timeline == ["returned", "after_route"] * 2
 
 
-@pytest.mark.parametrize("outer_takes", [True, False], ids=["both", "inner"])
 async def test_an_endpoint_may_have_another_one_answer_in_its_place(
-    app: FastAPI, timeline: Timeline, *, outer_takes: bool
+    app: FastAPI, timeline: Timeline
 ) -> None:
-    """By the app's router; whichever of them takes tasks first, none of them gets lost."""
+    """By the app's router: what it schedules for its response waits for that."""
 
     @app.get("/inner")
-    async def inner(tasks: Tasks) -> int:
-        tasks.after_route.schedule(timeline.note, "inner's after_route")
-        tasks.after_response.schedule(timeline.note, "inner's after_response")
-        return 1
+    async def inner(tasks: Tasks) -> None:
+        tasks.schedule(timeline.note, "inner")
 
-    async def answer(given: Request) -> None:
+    @app.get("/")
+    async def outer(given: Request, tasks: Tasks) -> None:
         for _ in range(2):
             await app.router({**given.scope, "path": "/inner"}, given.receive, swallow)
-
-    if outer_takes:
-
-        @app.get("/")
-        async def outer(given: Request, tasks: Tasks) -> None:
-            tasks.schedule(timeline.note, "now")
-            await answer(given)
-            tasks.after_response.schedule(timeline.note, "after_response")
-
-    else:
-        app.get("/")(answer)
+        tasks.after_response.schedule(timeline.note, "after_response")
+        await let_others_run()
+        timeline.append("returned")
 
     async with lifespan(app):
         await request(app, "/")
         await idle(get_supervisor(app))
-    assert timeline.count("inner's after_route") == timeline.count("inner's after_response") == 2
-    assert timeline.count("after_response") == timeline.count("now") == int(outer_takes)
+    assert timeline == ["inner", "inner", "returned", "after_response"]
+
+
+async def test_what_is_asked_for_late_does_not_wait_for_background_tasks(app: FastAPI) -> None:
+    """The response was sent before they began."""
+    background_runs, noted = anyio.Event(), anyio.Event()
+
+    async def ask_late(tasks: TasksScheduler) -> None:
+        await background_runs.wait()
+        tasks.after_response.schedule(note)
+
+    async def note() -> None:
+        noted.set()
+
+    async def wait() -> None:
+        background_runs.set()
+        await noted.wait()
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> Response:
+        tasks.schedule(ask_late, tasks)
+        return PlainTextResponse("ahoy", background=BackgroundTask(wait))
+
+    async with lifespan(app):
+        with anyio.fail_after(10):
+            await request(app, "/")
+
+
+async def test_what_is_asked_for_late_starts_before_dependencies_are_closed(
+    app: FastAPI, timeline: Timeline
+) -> None:
+    """On any route, though it began to watch its exit before the dependency was there."""
+
+    async def ask_late(tasks: TasksScheduler) -> None:
+        tasks.after_response.schedule(timeline.note, "after_response")
+
+    async def quay() -> AsyncIterator[str]:
+        yield "north"
+        await let_others_run()
+        timeline.append("closed")
+
+    async def waves(tasks: TasksScheduler) -> AsyncIterator[str]:
+        await tasks.schedule(ask_late, tasks).wait()
+        yield "high"
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks, quay: str = Depends(quay)) -> StreamingResponse:
+        return StreamingResponse(waves(tasks))
+
+    async with lifespan(app):
+        await request(app, "/")
+    assert timeline == ["after_response", "closed"]

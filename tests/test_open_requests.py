@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from starlette.types import Message
 
-from fastapi_tasks import DrainReport, TaskConfig, Tasks, add_tasks
+from fastapi_tasks import DrainReport, TaskConfig, Tasks, TasksScheduler, add_tasks
 
 from .asgi import lifespan, request
 from .clocks import on_fake_clocks  # noqa: F401 - it is this module's anyio_backend
@@ -160,3 +160,45 @@ async def test_a_stream_for_which_nothing_waits_holds_nothing_up(
     await shut_down_during_a_request(app)
 
     assert report_of(observed).duration == 0
+
+
+async def test_what_is_asked_for_late_starts_at_once_if_the_server_is_done(
+    app: FastAPI, observed: Observed, timeline: Timeline
+) -> None:
+    """Though the endpoint returned, and its response began, when the app was shutting down."""
+
+    async def ask_late(tasks: TasksScheduler) -> None:
+        await anyio.sleep(15)
+        tasks.after_response.task(SHIELD).schedule(timeline.note, "late")
+
+    async def forever() -> AsyncIterator[str]:
+        yield "tick"
+        await anyio.sleep_forever()
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> StreamingResponse:
+        tasks.task(SHIELD).schedule(ask_late, tasks)
+        await anyio.sleep(10)
+        return StreamingResponse(forever())
+
+    await shut_down_during_a_request(app)
+
+    assert timeline == ["late"]
+    assert report_of(observed).duration == pytest.approx(15, abs=1)
+
+
+async def test_a_drain_ends_when_a_request_drops_what_has_waited(
+    app: FastAPI, observed: Observed, timeline: Timeline
+) -> None:
+    """No task begins then whose end would end it."""
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        unfit = tasks.after_response.task(run_if="error", shield=True)
+        unfit.schedule(timeline.note, "an error")
+        await anyio.sleep(3)
+
+    await shut_down_during_a_request(app)
+
+    assert timeline == []
+    assert report_of(observed).duration == pytest.approx(3, abs=1)

@@ -7,6 +7,7 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ import pytest
 import sniffio
 from fastapi import APIRouter, FastAPI
 from starlette.applications import Starlette
+from starlette.types import Scope
 
 from fastapi_tasks import (
     BoundTasks,
@@ -38,6 +40,7 @@ from fastapi_tasks import (
     get_supervisor,
 )
 from fastapi_tasks import supervisor as supervisor_module
+from fastapi_tasks.connection import Connection
 from fastapi_tasks.inbox import Inbox
 from fastapi_tasks.spawn import Spawner
 
@@ -372,6 +375,31 @@ def test_who_waits_in_a_loop_that_is_closed_is_lost_with_it(observed: Observed) 
         assert task.status is TaskStatus.CANCELLED
         assert observed.kinds(task).count(TaskEventKind.DROPPED) == 1
     assert not any(waiter.done() for waiter in waiting)
+
+
+def test_a_request_in_a_loop_that_is_closed_holds_nothing_up() -> None:
+    """Its tasks cannot begin any more, and the next shutdown does not wait for them."""
+    supervisor = Supervisor()
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(supervisor.start())
+    connection = Connection(supervisor, supervisor.settings.config)
+    stack = AsyncExitStack()
+    scope = {"fastapi_inner_astack": stack, "fastapi_function_astack": stack}
+    tasks = loop.run_until_complete(take(connection, scope))
+    tasks.after_response.schedule(read)
+    loop.close()
+
+    async def main() -> None:
+        with anyio.fail_after(10):
+            async with supervisor:
+                assert await supervisor.schedule(fetch).wait() == "atlas"
+
+    asyncio.run(main())
+
+
+async def take(connection: Connection, scope: Scope) -> TasksScheduler:
+    """Take the tasks of a request, in its loop."""
+    return connection.take_scheduler(scope)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

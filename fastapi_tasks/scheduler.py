@@ -60,8 +60,10 @@ class TasksBatch(BoundTasks):
         starting = _STARTING_AFTER_FAILURE if failed else _STARTING_AFTER_SUCCESS
         started = False
         while self._waiting:  # asked before each, which is cheaper than an error after the last
-            task = self._take()
-            if task is None:
+            try:
+                self._taken = self._waiting[0]  # for those who look meanwhile
+                task = self._waiting.popleft()
+            except IndexError:  # another thread was faster
                 break
             if task.config.run_if in starting:
                 self._home.submit(task)
@@ -82,20 +84,12 @@ class TasksBatch(BoundTasks):
         return tuple(waiting) if taken is None else (taken, *waiting)
 
     def drop(self, reason: str) -> None:
-        """Give up the tasks that wait.
+        """Give up the tasks that wait; a later release passes over them.
 
         :param reason: why, for the records
         """
-        while (task := self._take()) is not None:
+        for task in self.waiting():
             self._home.drop(task, reason)
-        self._taken = None
-
-    def _take(self) -> Task | None:
-        try:
-            self._taken = self._waiting[0]  # for those who look meanwhile
-            return self._waiting.popleft()
-        except IndexError:  # another thread may be faster
-            return None
 
     def _drop_unfit(self, task: Task, *, failed: bool) -> None:
         run_if = task.config.run_if or "success"

@@ -79,8 +79,8 @@ class Connection:
         """What tells the tasks how the request ends, from then on until it is over."""
         self.endpoint: Callable[..., Any] | None = None
         """The endpoint's wrapper, if a :class:`TasksRoute` serves the connection."""
-        self.is_exact = False
-        """Whether the wrapper tells when the endpoint has returned."""
+        self.is_exact = True
+        """Whether the wrapper, if there is one, tells when the endpoint has returned."""
         self.returned = False
         """Whether the endpoint has returned."""
         self.response: Response | None = None
@@ -217,7 +217,7 @@ class Connection:
         """Take note that tasks may come to wait though the endpoint is over, from any thread."""
         if self.supervisor.is_draining:
             self.end_response()  # as the drain did with the other ones
-        elif self.is_exact and self.returned:
+        elif self.endpoint is not None and self.is_exact and self.returned:
             # The response may know nothing of it. What is pushed last, hears of the end first,
             # before dependencies are closed.
             self._push_exit()
@@ -289,7 +289,7 @@ class Unserved:
     """What stands in for the connection where there is no ``add_tasks``: it has no tasks."""
 
     endpoint: Callable[..., Any] | None = None
-    is_exact = False
+    is_exact = True
     scheduler = None
 
     def take_scheduler(self, scope: Scope, watch_exit: bool) -> Never:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeAlias, TypeGuard, cast, get_args
 from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request, Response, WebSocket, params
+from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import ValidationException
 from fastapi.routing import APIRoute
 from starlette.background import BackgroundTask, BackgroundTasks
@@ -79,18 +80,33 @@ class TasksRoute(APIRoute):
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
-        super().__init__(path, _wrapped(endpoint), **kwargs)
+        self._wrapper = _wrapped(endpoint)
+        super().__init__(path, self._wrapper, **kwargs)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler, which knows when the response was made and when it is over."""
+        """Return the handler, which knows when the response was made and when it is over.
+
+        If nothing on the route can get at tasks, it is FastAPI's own, and the route costs nothing.
+        """
         handler = super().get_route_handler()
-        endpoint = self.endpoint
+        endpoint = self._wrapper
         takes_tasks = hasattr(endpoint, _TAKES_TASKS)
         is_wrapped = _is_wrapper(endpoint)
         users_endpoint = cast(Any, endpoint).__wrapped__ if is_wrapped else endpoint
-        is_fresh = self._makes_responses()
+        # FastAPI makes every response for its request, but for those of the endpoint, and copies
+        # are spared. Another route class, or a wrapper of the user's that is not the function
+        # below, may return one that serves other requests too.
+        is_fastapis = cast(Any, super().get_route_handler).__func__ is APIRoute.get_route_handler
+        is_fresh = is_fastapis and (is_wrapped or is_generator_endpoint(endpoint))
+        dependant = _dependant_of(handler) if is_fastapis else None
         # Whether nobody's code comes between its endpoint and its response.
-        is_direct = is_wrapped and is_fresh and not self.dependant.dependencies
+        is_direct = is_wrapped and dependant is not None and not dependant.dependencies
+        if dependant is not None and is_wrapped:
+            # "Integrations may wrap dependant.call while constructing the handler", FastAPI says.
+            if is_direct and not takes_tasks and not self._hands_out(dependant):
+                dependant.call = self.endpoint = users_endpoint
+                return handler
+            dependant.call = endpoint
 
         async def handle(request: Request) -> Response:
             scope = request.scope
@@ -99,8 +115,8 @@ class TasksRoute(APIRoute):
                 leave_outer_connection(scope)
             connection: Connection = scope.get(CONNECTION) or cast(Connection, Unserved())
             outer, connection.endpoint = connection.endpoint, endpoint
-            connection.is_exact = is_wrapped
-            watches_exit = outer is not None or not is_direct
+            if not is_wrapped:
+                connection.is_exact = False
             try:
                 if takes_tasks:
                     # Here and not in the endpoint's wrapper, which may run in a thread. What is
@@ -108,7 +124,7 @@ class TasksRoute(APIRoute):
                     scope[_TAKEN] = (
                         await _take_tasks(request)
                         if get_tasks in getattr(scope.get("app"), "dependency_overrides", ())
-                        else connection.take_scheduler(scope, watches_exit)
+                        else connection.take_scheduler(scope, outer is not None or not is_direct)
                     )
                 response = await handler(request)
                 if connection.scheduler is None:
@@ -118,14 +134,17 @@ class TasksRoute(APIRoute):
                     # returned as soon as the generator is there.
                     await connection.supervisor.turn()
                 if (
-                    not watches_exit
+                    is_direct
+                    and outer is None
                     and "after_response" not in connection.scheduler.batches
                     and type(response) in _PLAIN_RESPONSES
                     and response.background is None
                 ):
                     connection.is_closed = True  # there is nothing that an exit could tell
                 else:
-                    response = _releasing(response, connection, is_fresh, not watches_exit)
+                    response = _releasing(
+                        response, connection, is_fresh, is_direct and outer is None
+                    )
                 connection.response = None  # tasks may keep the connection for long
                 return response
             except BaseException as error:
@@ -140,15 +159,13 @@ class TasksRoute(APIRoute):
 
         return handle
 
-    def _makes_responses(self) -> bool:
-        """Return whether every response is made for its request, but for those of the endpoint.
-
-        FastAPI does so, and copies are spared. Another route class, or a wrapper of the user's
-        that is not the function below, may return one that serves other requests too.
-        """
-        handler = cast(Any, super().get_route_handler)
-        is_fastapis = handler.__func__ is APIRoute.get_route_handler
-        return is_fastapis and (_is_wrapper(self.endpoint) or is_generator_endpoint(self.endpoint))
+    def _hands_out(self, dependant: Dependant) -> bool:
+        """Return whether the endpoint, or a class that inherits from ours, gets the connection."""
+        return (
+            type(self).get_route_handler is not TasksRoute.get_route_handler
+            or dependant.request_param_name is not None
+            or dependant.http_connection_param_name is not None
+        )
 
 
 class _AfterResponse(BackgroundTasks):
@@ -352,6 +369,17 @@ def _is_wrapper(endpoint: Callable[..., Any] | None) -> bool:
     return getattr(endpoint, _WRAPPER, None) is endpoint
 
 
+def _dependant_of(handler: Callable[..., Any]) -> Dependant | None:
+    """Return what FastAPI's handler resolves and calls, as far as one can see.
+
+    The route does not know the dependencies of a router that it is included by.
+    """
+    closure = cast(Any, handler).__closure__ or ()
+    cells = zip(cast(Any, handler).__code__.co_freevars, closure, strict=True)
+    contents: list[object] = [cell.cell_contents for name, cell in cells if name == "dependant"]
+    return next((each for each in contents if isinstance(each, Dependant)), None)
+
+
 def _name_users_file(error: BaseException, endpoint: Callable[..., Any]) -> None:
     """Undo that FastAPI takes the wrapper's file for the endpoint's."""
     if isinstance(error, ValidationException) and error.endpoint_file == __file__:
@@ -365,7 +393,8 @@ def _note_plain_route(scope: Scope) -> None:
     if not logger.isEnabledFor(logging.DEBUG):
         return
     route = scope["route"]
-    if id(route) in _noted:
+    # Of one of ours, a handler of exceptions asks: there is no moment any more.
+    if id(route) in _noted or isinstance(route, TasksRoute):
         return
     _noted[id(route)] = route
     moments = (

@@ -908,6 +908,99 @@ async def test_a_route_without_tasks_costs_two_frames(kind: Kind, path: str) -> 
 
 
 @both_kinds
+async def test_an_endpoint_that_cannot_get_at_tasks_costs_nothing(kind: Kind) -> None:
+    """FastAPI calls it itself, and shows it in the scope."""
+    depths: list[int] = []
+    seen: list[object] = []
+
+    @kind
+    def endpoint(copies: int) -> None:
+        depths.append(_depth())
+
+    async def note(given: Request) -> None:
+        seen.append(given.scope["endpoint"])
+
+    for route_class in (APIRoute, TasksRoute):
+        router = APIRouter(route_class=route_class)
+        router.get("/books")(endpoint)
+        app = FastAPI()
+        app.include_router(router)
+        app.include_router(router, prefix="/noted", dependencies=[Depends(note)])
+        await request(app, "/books?copies=3")
+        await request(app, "/noted/books?copies=3")
+
+    plain, plain_noted, ours, ours_noted = depths
+    assert ours == plain
+    assert plain_noted < ours_noted <= plain_noted + 2
+    assert seen == [endpoint] * 2
+
+
+@both_kinds
+async def test_a_dependency_of_the_including_router_has_exact_moments(
+    kind: Kind, timeline: Timeline
+) -> None:
+    """Though the endpoint has nothing to do with tasks, and serves without them elsewhere."""
+    router = APIRouter(route_class=TasksRoute)
+
+    async def schedule(tasks: Tasks) -> None:
+        tasks.after_route.schedule(timeline.note, "after_route")
+
+    def serialize(copies: int) -> int:
+        timeline.append("serialized")
+        return copies
+
+    @router.get("/books", response_model=Annotated[int, PlainSerializer(serialize)])
+    @kind
+    def endpoint() -> int:
+        timeline.append("returned")
+        return 7
+
+    app = FastAPI()
+    add_tasks(app)
+    app.include_router(router)
+    app.include_router(router, prefix="/watched", dependencies=[Depends(schedule)])
+    async with lifespan(app):
+        assert (await request(app, "/books")).json() == 7
+        assert (await request(app, "/watched/books")).json() == 7
+        assert (await request(app, "/books")).json() == 7
+
+    once = ["returned", "serialized"]
+    assert timeline == [*once, "returned", "after_route", "serialized", *once]
+
+
+async def test_a_route_class_that_takes_tasks_itself_has_exact_moments(
+    timeline: Timeline,
+) -> None:
+    """It inherits from ours, and asks for them before the endpoint, which knows nothing of it."""
+
+    class Route(TasksRoute):
+        def get_route_handler(self) -> Callable[[Request], Any]:
+            handler = super().get_route_handler()
+
+            async def handle(given: Request) -> Any:
+                tasks = await get_tasks(given)
+                tasks.after_route.schedule(timeline.note, "after_route")
+                response = await handler(given)
+                timeline.append("handled")
+                return response
+
+            return handle
+
+    router = APIRouter(route_class=Route)
+
+    @router.get("/books")
+    async def endpoint() -> None:
+        timeline.append("returned")
+
+    app = FastAPI()
+    add_tasks(app)
+    app.include_router(router)
+    async with lifespan(app):
+        await request(app, "/books")
+    assert timeline == ["returned", "after_route", "handled"]
+
+
+@both_kinds
 async def test_a_route_without_tasks_needs_no_add_tasks(kind: Kind) -> None:
     """A package can give its router exact moments and leave it to the app to have tasks."""
     router = APIRouter(route_class=TasksRoute)

@@ -103,7 +103,7 @@ class TasksRoute(APIRoute):
         is_direct = is_wrapped and dependant is not None and not dependant.dependencies
         if dependant is not None and is_wrapped:
             # "Integrations may wrap dependant.call while constructing the handler", FastAPI says.
-            if is_direct and not takes_tasks and not self._hands_out(dependant):
+            if is_direct and not takes_tasks and not _gets_connection(dependant):
                 dependant.call = self.endpoint = users_endpoint
                 return handler
             dependant.call = endpoint
@@ -158,14 +158,6 @@ class TasksRoute(APIRoute):
                     connection.endpoint = outer
 
         return handle
-
-    def _hands_out(self, dependant: Dependant) -> bool:
-        """Return whether the endpoint, or a class that inherits from ours, gets the connection."""
-        return (
-            type(self).get_route_handler is not TasksRoute.get_route_handler
-            or dependant.request_param_name is not None
-            or dependant.http_connection_param_name is not None
-        )
 
 
 class _AfterResponse(BackgroundTasks):
@@ -378,6 +370,13 @@ def _dependant_of(handler: Callable[..., Any]) -> Dependant | None:
     cells = zip(cast(Any, handler).__code__.co_freevars, closure, strict=True)
     contents: list[object] = [cell.cell_contents for name, cell in cells if name == "dependant"]
     return next((each for each in contents if isinstance(each, Dependant)), None)
+
+
+def _gets_connection(dependant: Dependant) -> bool:
+    """Return whether FastAPI hands an endpoint its connection, by which it gets at tasks."""
+    return (
+        dependant.request_param_name is not None or dependant.http_connection_param_name is not None
+    )
 
 
 def _name_users_file(error: BaseException, endpoint: Callable[..., Any]) -> None:

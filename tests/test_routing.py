@@ -968,38 +968,6 @@ async def test_a_dependency_of_the_including_router_has_exact_moments(
     assert timeline == [*once, "returned", "after_route", "serialized", *once]
 
 
-async def test_a_route_class_that_takes_tasks_itself_has_exact_moments(
-    timeline: Timeline,
-) -> None:
-    """It inherits from ours, and asks for them before the endpoint, which knows nothing of it."""
-
-    class Route(TasksRoute):
-        def get_route_handler(self) -> Callable[[Request], Any]:
-            handler = super().get_route_handler()
-
-            async def handle(given: Request) -> Any:
-                tasks = await get_tasks(given)
-                tasks.after_route.schedule(timeline.note, "after_route")
-                response = await handler(given)
-                timeline.append("handled")
-                return response
-
-            return handle
-
-    router = APIRouter(route_class=Route)
-
-    @router.get("/books")
-    async def endpoint() -> None:
-        timeline.append("returned")
-
-    app = FastAPI()
-    add_tasks(app)
-    app.include_router(router)
-    async with lifespan(app):
-        await request(app, "/books")
-    assert timeline == ["returned", "after_route", "handled"]
-
-
 @both_kinds
 async def test_a_route_without_tasks_needs_no_add_tasks(kind: Kind) -> None:
     """A package can give its router exact moments and leave it to the app to have tasks."""

@@ -3,6 +3,7 @@ no promise."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 
 import anyio
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastapi_tasks import Tasks, TasksScheduler, add_tasks, current_task, get_supervisor, get_tasks
 
 from .asgi import lifespan, request
-from .recording import Timeline, idle, let_others_run
+from .recording import Timeline, idle, let_others_run, ours
 
 
 class FerryError(Exception):
@@ -138,6 +139,27 @@ async def test_an_exception_handler_finds_the_tasks_of_the_endpoint(app: FastAPI
         assert (await request(app, "/")).status == 503
     first, second = schedulers
     assert first is second
+
+
+async def test_an_exception_handler_is_not_told_to_use_what_it_has(
+    app: FastAPI, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its endpoint could not get at tasks; that is no plain route, whose moments are not exact."""
+    caplog.set_level(logging.DEBUG, logger="fastapi_tasks")
+
+    async def answer(given: Request, error: Exception) -> Response:
+        await get_tasks(given)
+        return PlainTextResponse("no ferry", 503)
+
+    app.add_exception_handler(FerryError, answer)
+
+    @app.get("/")
+    async def endpoint() -> None:
+        raise FerryError
+
+    async with lifespan(app):
+        assert (await request(app, "/")).status == 503
+    assert not [record for record in ours(caplog) if "takes tasks on a" in record.getMessage()]
 
 
 class Twice:

@@ -77,8 +77,9 @@ class Runner:
     async def run(self, task: Task) -> None:
         """Run a task to its end, error handler included; only ``KeyboardInterrupt`` escapes."""
         enter(task)
+        is_plain = task.config.is_plain
         try:
-            if not task.config.is_plain:
+            if not is_plain:
                 result = await self._run_controlled(task)
             elif task.is_async:
                 begin(task)
@@ -107,7 +108,7 @@ class Runner:
             settle(task, _SUCCEEDED, result)
             if task.is_watched:
                 self._tell(TaskEventKind.FINISHED, task)
-            if task.strays:
+            if not is_plain and task.strays:
                 await self._wait_for_strays(task)
 
     async def call(self, task: Task) -> Any:

@@ -14,7 +14,7 @@ from contextvars import Context, ContextVar, Token
 from threading import Lock, RLock
 from time import time
 from types import FunctionType, TracebackType
-from typing import Any, Generic, Literal, Protocol, TypeAlias, cast
+from typing import Any, Generic, Literal, Protocol, Self, TypeAlias, cast, overload
 
 import anyio
 import anyio.lowlevel
@@ -56,6 +56,7 @@ __all__ = [
 ]
 
 P = ParamSpec("P", default=...)
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True, default=Any)
 
 
@@ -70,8 +71,10 @@ _SUCCEEDED = TaskStatus.SUCCEEDED
 _CANCELLED = TaskStatus.CANCELLED
 
 _making_events = Lock()
-# Who holds it may be interrupted by the garbage collector, and that by a __del__ that cancels.
+# Who holds one of these may be interrupted by the garbage collector, and that by a __del__ which
+# cancels.
 _giving_up = RLock()
+_making_rare = RLock()
 
 
 class Stray(Protocol):
@@ -113,6 +116,38 @@ class RequestEnd:
     """What went wrong, once it has."""
 
 
+class _Rare(Generic[T]):
+    """An attribute that few tasks have, and that costs the others nothing.
+
+    There may be very many tasks at once, and the garbage collector visits all that each has.
+
+    :param default: what it is until somebody sets it
+    """
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type[Task], name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, task: None, owner: type[Task]) -> Self: ...
+    @overload
+    def __get__(self, task: Task, owner: type[Task]) -> T: ...
+    def __get__(self, task: Task | None, owner: type[Task]) -> Self | T:
+        if task is None:
+            return self
+        rare = task._rare
+        return self._default if rare is None else rare.get(self._name, self._default)
+
+    def __set__(self, task: Task, value: T) -> None:
+        if task._rare is None:
+            with _making_rare:  # two threads may want to at once
+                if task._rare is None:
+                    task._rare = {}
+        task._rare[self._name] = value
+
+
 class Task(Generic[P, T_co]):
     """A function that was scheduled, and what has become of it.
 
@@ -125,36 +160,45 @@ class Task(Generic[P, T_co]):
         "_begun_at",
         "_created_at",
         "_ended_at",
-        "_error",
         "_finished",
         "_is_unclaimed",
         "_number",
         "_owner",
-        "_progress",
+        "_rare",
         "_result",
         "_run_id",
         "_started",
         "_status",
         "_traceback",
-        "abandoned",
         "args",
-        "awaits_strays",
-        "cancel_pending",
-        "cancel_reason",
         "config",
         "context",
         "func",
         "handle",
-        "has_place",
-        "in_threads",
         "is_async",
         "is_watched",
         "moment",
         "name",
         "named_args",
         "request_end",
-        "strays",
     )
+
+    has_place = _Rare(False)
+    """Whether an attempt has its place in the limiter just now."""
+    in_threads = _Rare(0)
+    """How many threads are busy for the task just now; nothing can cancel them."""
+    strays = _Rare[tuple[Stray, ...]](())
+    """The calls that go on in threads, though their attempts have run out of time."""
+    awaits_strays = _Rare(False)
+    """Whether nothing is left of the task but such calls."""
+    cancel_pending = _Rare(False)
+    """Whether a cancellation waits for a thread to end before it can be delivered."""
+    cancel_reason = _Rare("")
+    """Why the task was asked to end, if it was; it may end otherwise all the same."""
+    abandoned = _Rare(False)
+    """Whether nobody waits any longer for the task to end."""
+    _progress = _Rare[Progress | None](None)
+    _error = _Rare[BaseException | None](None)
 
     # There are none before the task is over, or has failed.
     _ended_at: float
@@ -194,25 +238,12 @@ class Task(Generic[P, T_co]):
         """Whether the function is awaited; if not, it runs in a thread."""
         self.is_watched = False
         """Whether somebody wants to hear of it even if it goes well."""
-        self.has_place = False
-        """Whether an attempt has its place in the limiter just now."""
-        self.in_threads = 0
-        """How many threads are busy for the task just now; nothing can cancel them."""
-        self.strays: tuple[Stray, ...] = ()
-        """The calls that go on in threads, though their attempts have run out of time."""
-        self.awaits_strays = False
-        """Whether nothing is left of the task but such calls."""
-        self.cancel_pending = False
-        """Whether a cancellation waits for a thread to end before it can be delivered."""
-        self.cancel_reason = ""
-        """Why the task was asked to end, if it was; it may end otherwise all the same."""
-        self.abandoned = False
-        """Whether nobody waits any longer for the task to end."""
         self.handle: Any = None
         """The event loop's own task that runs this one, while it does."""
         self.request_end: RequestEnd | None = None
         """How the request ends that the task was scheduled on, until the task is over."""
         self._owner = owner
+        self._rare: dict[str, Any] | None = None
         # Most have none, and live tasks may be many.
         self.named_args = kwargs or None
         """The keyword arguments, if there are any."""
@@ -222,11 +253,9 @@ class Task(Generic[P, T_co]):
         # Whoever takes this away, decides whether it begins: it is there once, and takes no lock.
         self._is_unclaimed = True
         self._attempt = 0
-        self._progress: Progress | None = None
         # By the clock of the machine, in seconds: whoever reads them is elsewhere.
         self._created_at = time()
         self._begun_at: float | None = None
-        self._error: BaseException | None = None
         # Made when somebody looks: an event costs more than the rest of the task.
         self._started: anyio.Event | None = None
         self._finished: anyio.Event | None = None
@@ -460,7 +489,7 @@ def record_of(task: Task) -> Record:
             task.name,
             _SUCCEEDED,
             task._attempt,
-            task._progress,
+            None if task._rare is None else task._progress,
             task._created_at,
             task._begun_at,
             task._ended_at,
@@ -555,7 +584,8 @@ def settle(
 
     :return: whether anybody was waiting
     """
-    task.cancel_pending = False
+    if task._rare is not None:
+        task.cancel_pending = False
     task._result = result
     if error is not None:
         task._error = error

@@ -59,7 +59,9 @@ ENDS = {
     TaskEventKind.CANCELLED: TaskStatus.CANCELLED,
     TaskEventKind.DROPPED: TaskStatus.CANCELLED,
 }
-LOCKS = ("fastapi_tasks.tasks._giving_up", "fastapi_tasks.tasks._making_events")
+LOCKS = tuple(
+    f"fastapi_tasks.tasks.{name}" for name in ("_giving_up", "_making_events", "_making_rare")
+)
 
 _here = threading.local()
 

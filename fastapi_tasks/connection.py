@@ -41,8 +41,11 @@ T = TypeVar("T")
 CONNECTION = "fastapi_tasks"
 """Where the middleware puts the :class:`Connection` into a scope, which middlewares may copy."""
 
+# Where FastAPI's routes put their exit stacks: without its documentation, but since 0.121.
 _REQUEST_STACK = "fastapi_inner_astack"
 _FUNCTION_STACK = "fastapi_function_astack"
+
+ExitStack: TypeAlias = "AsyncExitStack[bool | None]"
 
 
 class Connection:
@@ -102,9 +105,12 @@ class Connection:
         :param scope: the connection's
         :param watch_exit: whether :meth:`watch_exit` is called; if not, the route does so where
             something can go wrong between its endpoint and the end of the response
+        :raises UnsupportedFastAPIError: the route has no exit stacks
         :raises FastAPITasksUninitializedAppError: the supervisor is not running
         :raises TooManyTasksError: it has as many tasks as it may, and the request has no scheduler
         """
+        request_stack: ExitStack
+        function_stack: ExitStack
         try:
             request_stack, function_stack = scope[_REQUEST_STACK], scope[_FUNCTION_STACK]
         except KeyError as error:
@@ -320,7 +326,7 @@ def leave_outer_connection(scope: Scope) -> None:
 
     :param scope: the scope of a request, which may have been sent from within another one
     """
-    request_stack, _ = exit_stacks(scope)
+    request_stack: ExitStack = scope[_REQUEST_STACK]
     request_stack.callback(_restore, _current.reset, _current.set(None))
 
 
@@ -333,24 +339,3 @@ def _restore(reset: Callable[[Token[T]], None], token: Token[T]) -> None:
         reset(token)
     except ValueError:
         return
-
-
-ExitStack: TypeAlias = "AsyncExitStack[bool | None]"
-
-
-def exit_stacks(scope: Scope) -> tuple[ExitStack, ExitStack]:
-    """Return the request-scoped and the function-scoped exit stack of a FastAPI route.
-
-    They are the one thing that the package takes from FastAPI without its documentation; they
-    have been there since 0.121.
-
-    :param scope: the scope of a request or WebSocket
-    :raises UnsupportedFastAPIError: there are none
-    """
-    request_stack: ExitStack | None = scope.get(_REQUEST_STACK)
-    function_stack: ExitStack | None = scope.get(_FUNCTION_STACK)
-    if not isinstance(request_stack, AsyncExitStack):
-        raise UnsupportedFastAPIError(f'scope["{_REQUEST_STACK}"]')
-    if not isinstance(function_stack, AsyncExitStack):
-        raise UnsupportedFastAPIError(f'scope["{_FUNCTION_STACK}"]')
-    return request_stack, function_stack

@@ -42,7 +42,7 @@ from .tasks import Moment, Task, has_key, is_over
 __all__ = ["RUNNING", "StandIn", "Supervisor"]
 
 _BY_USER = "its cancel() was called"
-_NOTRUNNING = "its supervisor is not running; it does from the app's start-up to its shutdown"
+_NOT_RUNNING = "its supervisor is not running; it does from the app's start-up to its shutdown"
 _LOST = "the event loop was closed before the app was shut down"
 
 
@@ -58,10 +58,10 @@ _CLOSING: State = "closing"
 _STOPPED: State = "stopped"
 
 _REFUSALS = {
-    _NEW: _NOTRUNNING,
+    _NEW: _NOT_RUNNING,
     _DRAINING: "the app is shutting down, and the task is not shielded",
     _CLOSING: "the app is shutting down, and has no time left to run it",
-    _STOPPED: _NOTRUNNING,
+    _STOPPED: _NOT_RUNNING,
 }
 
 
@@ -594,7 +594,7 @@ class Supervisor(ImmediateTasks):
         """Return why the inbox takes nothing."""
         if self.is_running and self._spawner is not None and self._spawner.is_closed():
             return _LOST
-        return _REFUSALS.get(self.state, _NOTRUNNING)  # not there while it is being started
+        return _REFUSALS.get(self.state, _NOT_RUNNING)  # not there while it is being started
 
     def _drop(self, task: Task, reason: str, expected: bool = False) -> None:
         kind = TaskEventKind.DROPPED

@@ -228,7 +228,7 @@ def test_a_request_gives_the_loop_nothing_but_its_tasks(
 
 @pytest.mark.parametrize(
     ("endpoint", "calls"),
-    [(bare, 8), (take, 16), (now, 36), (after_route, 39), (after_response, 39)],
+    [(bare, 5), (take, 15), (now, 35), (after_route, 37), (after_response, 37)],
 )
 def test_a_request_enters_few_functions_of_the_package(
     endpoint: Callable[..., Any], calls: int

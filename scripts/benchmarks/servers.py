@@ -89,6 +89,8 @@ class Server:
         command = [Environment(self.app.environment).python, "-P", "-m", "uvicorn", "--factory"]
         command += ["benchmarks.server_app:create", "--host", "127.0.0.1", "--port", "0"]
         command += ["--loop", "uvloop", "--http", "httptools", "--no-access-log"]
+        # Else it looks for packages in this folder, and finds ours in the place of every other one.
+        command += ["--app-dir", str(ROOT / "scripts")]
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT / "scripts"),

@@ -3,6 +3,9 @@
 And the requests that are being served, since some of their tasks may still wait for their moments.
 """
 
+# Each task's end comes here, and pays for every call: its status is looked at without one.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -15,6 +18,8 @@ from .observer import Observers, TaskEvent, TaskEventKind
 from .runner import BY_OTHERS, Runner
 from .spawn import Handle, Over, Spawner
 from .tasks import Task, TaskStatus, is_over, is_pending, record_of, settle, settle_unbegun
+
+_PENDING = TaskStatus.PENDING
 
 __all__ = ["LiveTasks", "OpenRequest", "give_up"]
 
@@ -102,20 +107,21 @@ class LiveTasks:
         """Return how many tasks there are, with those that only wait for the loop to say so."""
         return len(self._tasks)
 
-    def start(self, over: Over, task: Task) -> None:
+    def start(self, over: Over, task: Task) -> bool:
         """Start a task.
 
         :param over: our own :meth:`over`, bound: once for all tasks
-        :raises RuntimeError: the event loop is closed
+        :return: whether it was started; it is not if the event loop is closed
         """
         main = self._runner.run(task)
         try:
             handle = self._spawner.spawn(main, task.name, task.context, over)
         except RuntimeError:
             main.close()
-            raise
+            return False
         task.handle = handle
         self._tasks[handle] = task
+        return True
 
     def cancel(self, tasks: tuple[Task, ...], reason: str) -> None:
         """Cancel tasks, error handlers included.
@@ -211,7 +217,7 @@ class LiveTasks:
         # Somebody else may have cancelled it before its first step, which on asyncio then never
         # comes.
         try:
-            if is_pending(task):
+            if task._status is _PENDING:
                 give_up(task, TaskEventKind.CANCELLED, BY_OTHERS, self._observers)
             # First: threads that look for it look here and then there.
             self._history.remember(record_of(task))

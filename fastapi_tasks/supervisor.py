@@ -168,7 +168,7 @@ class Supervisor(ImmediateTasks):
         self._thread: int | None = None
         self.live: LiveTasks | None = None
         """What runs in the event loop, once the supervisor was started in one."""
-        self._start: Callable[[Task], None] | None = None
+        self._start: Callable[[Task], bool] | None = None
         self._drain: Drain | None = None
         self._is_refusing = False
         self._listeners: list[Callable[[Task], None]] = []
@@ -230,10 +230,15 @@ class Supervisor(ImmediateTasks):
         """
         if self.stand_in is not None:
             self.stand_in.submit(task)
-        elif get_ident() == self._thread:
+        elif get_ident() != self._thread:
+            if not self._inbox.put(self._admit, task):
+                self._drop(task, self._refusal())
+        elif self.state is RUNNING and task.context is not None and self._start is not None:
+            # What _admit() does with nearly every task, without a call.
+            if not self._start(task):
+                self._drop(task, _LOST)
+        else:
             self._admit(task)
-        elif not self._inbox.put(self._admit, task):
-            self._drop(task, self._refusal())
 
     def drop(self, task: Task, reason: str, *, expected: bool = False) -> None:
         """Give up a task that has not begun, from any thread.
@@ -583,9 +588,7 @@ class Supervisor(ImmediateTasks):
         state = self.state
         if state is RUNNING or (state is _DRAINING and task.config.shielded):
             assert self._start is not None
-            try:
-                self._start(task)
-            except RuntimeError:
+            if not self._start(task):
                 self._drop(task, _LOST)
         else:
             self._drop(task, _REFUSALS[state])

@@ -57,9 +57,9 @@ on_every_loop = pytest.mark.parametrize("loop", LOOPS)
 class Losing(Supervisor):
     """A supervisor that loses tasks, to see whether anybody notices."""
 
-    def _admit(self, task: Task) -> None:
+    def submit(self, task: Task) -> None:
         if task.config.shielded:
-            super()._admit(task)
+            super().submit(task)
 
 
 @on_every_loop
@@ -131,7 +131,7 @@ def test_the_script_shows_what_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And exits with 1, so that a job of a continuous integration fails."""
-    monkeypatch.setattr(Supervisor, "_admit", lambda self, task: None)
+    monkeypatch.setattr(Supervisor, "submit", lambda self, task: None)
 
     statuses = {main(["--seed", str(seed), "--loop", "trio"]) for seed in range(5)}
 

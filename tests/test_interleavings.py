@@ -58,7 +58,7 @@ class Losing(Supervisor):
     """A supervisor that loses tasks, to see whether anybody notices."""
 
     def submit(self, task: Task) -> None:
-        if task.config.shielded:
+        if task.config.shielded or not self.is_running:
             super().submit(task)
 
 

@@ -13,7 +13,15 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_tasks import Tasks, TasksScheduler, add_tasks, current_task, get_supervisor, get_tasks
+from fastapi_tasks import (
+    Tasks,
+    TasksScheduler,
+    add_tasks,
+    current_task,
+    get_supervisor,
+    get_tasks,
+    routing,
+)
 
 from .asgi import lifespan, request
 from .recording import Timeline, idle, let_others_run, ours
@@ -267,3 +275,24 @@ async def test_what_is_asked_for_late_starts_before_dependencies_are_closed(
     async with lifespan(app):
         await request(app, "/")
     assert timeline == ["after_response", "closed"]
+
+
+async def test_a_fastapi_that_keeps_its_dependencies_elsewhere_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, timeline: Timeline
+) -> None:
+    """No route is known to be such a one then."""
+    monkeypatch.setattr(routing, "_dependant_of", lambda handler: None)
+    app = FastAPI()
+    add_tasks(app)
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        tasks.after_response.schedule(timeline.note, "after_response")
+        tasks.after_route.schedule(timeline.note, "after_route")
+        timeline.append("returned")
+
+    async with lifespan(app):
+        await request(app, "/", on_send=timeline.on_send)
+        await idle(get_supervisor(app))
+    sent = ["http.response.start", "http.response.body"]
+    assert timeline == ["returned", "after_route", *sent, "after_response"]

@@ -209,11 +209,13 @@ class ConfiguredTasks(BoundTasks):
     __slots__ = ("_origin",)
 
     def __init__(self, origin: BoundTasks, own: TaskConfig) -> None:
-        merged = origin._own.merge(own)
-        # Each call may make one, and super() alone costs a fifth of this.
-        BoundTasks.__init__(
-            self, origin._home, origin._inherited, merged, origin._endpoint, origin._moment
-        )
+        # What super().__init__() would do with these; each call may make one, and pays for calls.
+        self._home = origin._home
+        self._inherited = origin._inherited
+        self._own = origin._own.merge(own)
+        self._endpoint = origin._endpoint
+        self._moment = origin._moment
+        self._config = origin._inherited.merge(self._own)
         self._origin = origin
 
     def _place(self, task: Task) -> None:

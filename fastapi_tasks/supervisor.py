@@ -37,7 +37,7 @@ from .live import LiveTasks, OpenRequest, give_up
 from .observer import Observers, TaskEvent, TaskEventKind, TaskObserver, logger
 from .runner import Runner
 from .spawn import Spawner, current_spawner
-from .tasks import Moment, Task, has_key, is_over
+from .tasks import Moment, Task, has_key, is_over, new_task
 
 __all__ = ["RUNNING", "StandIn", "Supervisor"]
 
@@ -195,8 +195,8 @@ class Supervisor(ImmediateTasks):
         is_async: bool,
     ) -> Task:
         """Make a task of a call, with the context variables of this moment."""
-        # Without a keyword: a class gets them in a dictionary, which is made for each call.
-        task: Task = Task(
+        task: Task = new_task(
+            Task,
             self,
             self._run_id,
             next(self._numbers),

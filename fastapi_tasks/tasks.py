@@ -48,6 +48,7 @@ __all__ = [
     "is_over",
     "is_pending",
     "leave",
+    "new_task",
     "owner_of",
     "record_of",
     "settle",
@@ -75,6 +76,8 @@ _making_events = Lock()
 # cancels.
 _giving_up = RLock()
 _making_rare = RLock()
+
+_make = object.__new__
 
 
 class Stray(Protocol):
@@ -200,65 +203,46 @@ class Task(Generic[P, T_co]):
     _progress = _Rare[Progress | None](None)
     _error = _Rare[BaseException | None](None)
 
+    func: Callable[P, Awaitable[T_co]] | Callable[P, T_co]
+    """The function that was scheduled."""
+    args: tuple[Any, ...]
+    """The positional arguments that it is called with."""
+    named_args: dict[str, Any] | None
+    """The keyword arguments, if there are any: most have none, and live tasks may be many."""
+    config: TaskConfig
+    """The app's, the function's and the call's configuration, merged."""
+    name: str
+    """The configured name, else the function's qualified name; fit to be printed."""
+    context: Context | None
+    """The context variables at the moment of ``schedule``, until the task is over."""
+    moment: Moment
+    """The moment that the task was scheduled for, also if that had passed already."""
+    is_async: bool
+    """Whether the function is awaited; if not, it runs in a thread."""
+    is_watched: bool
+    """Whether somebody wants to hear of it even if it goes well."""
+    handle: Any
+    """The event loop's own task that runs this one, while it does."""
+    request_end: RequestEnd | None
+    """How the request ends that the task was scheduled on, until the task is over."""
+    _owner: TaskOwner
+    _run_id: str
+    _number: int
+    _status: TaskStatus
+    # Whoever takes this away, decides whether the task begins: it is there once, and takes no lock.
+    _is_unclaimed: bool
+    _attempt: int
+    _rare: dict[str, Any] | None
+    # By the clock of the machine, in seconds: whoever reads them is elsewhere.
+    _created_at: float
+    _begun_at: float | None
+    # Made when somebody looks: an event costs more than the rest of the task.
+    _started: anyio.Event | None
+    _finished: anyio.Event | None
     # There are none before the task is over, or has failed.
     _ended_at: float
     _result: Any
     _traceback: TracebackType | None
-
-    def __init__(
-        self,
-        owner: TaskOwner,
-        run_id: str,
-        number: int,
-        func: Callable[P, Awaitable[T_co]] | Callable[P, T_co],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        config: TaskConfig,
-        context: Context,
-        moment: Moment,
-        is_async: bool,
-    ) -> None:
-        self.func = func
-        """The function that was scheduled."""
-        self.args = args
-        """The positional arguments that it is called with."""
-        self.config = config
-        """The app's, the function's and the call's configuration, merged."""
-        name = config.name or (
-            func.__qualname__ if type(func) is FunctionType else qualified_name(func)
-        )
-        # Asked here too, as above, since it is so for nearly every task.
-        self.name = name if name.isprintable() else printable(name)
-        """The configured name, else the function's qualified name; fit to be printed."""
-        self.context: Context | None = context
-        """The context variables at the moment of ``schedule``, until the task is over."""
-        self.moment: Moment = moment
-        """The moment that the task was scheduled for, also if that had passed already."""
-        self.is_async = is_async
-        """Whether the function is awaited; if not, it runs in a thread."""
-        self.is_watched = False
-        """Whether somebody wants to hear of it even if it goes well."""
-        self.handle: Any = None
-        """The event loop's own task that runs this one, while it does."""
-        self.request_end: RequestEnd | None = None
-        """How the request ends that the task was scheduled on, until the task is over."""
-        self._owner = owner
-        self._rare: dict[str, Any] | None = None
-        # Most have none, and live tasks may be many.
-        self.named_args = kwargs or None
-        """The keyword arguments, if there are any."""
-        self._run_id = run_id
-        self._number = number
-        self._status = _PENDING
-        # Whoever takes this away, decides whether it begins: it is there once, and takes no lock.
-        self._is_unclaimed = True
-        self._attempt = 0
-        # By the clock of the machine, in seconds: whoever reads them is elsewhere.
-        self._created_at = time()
-        self._begun_at: float | None = None
-        # Made when somebody looks: an event costs more than the rest of the task.
-        self._started: anyio.Event | None = None
-        self._finished: anyio.Event | None = None
 
     @property
     def id(self) -> str:
@@ -447,6 +431,8 @@ class Task(Generic[P, T_co]):
         return f"<Task {self.name} {self.id} {self._status}>"
 
 
+_TaskT = TypeVar("_TaskT", bound=Task[..., Any])
+
 TaskErrorHandler: TypeAlias = Callable[[Task[..., Any], Exception], Awaitable[None] | None]
 """What ``on_error`` takes: a function of the task and its error, sync or async."""
 
@@ -466,6 +452,55 @@ def current_task() -> Task:
     task = find_current_task()
     if task is None:
         raise NoCurrentTaskError
+    return task
+
+
+def new_task(
+    kind: type[_TaskT],
+    owner: TaskOwner,
+    run_id: str,
+    number: int,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: TaskConfig,
+    context: Context,
+    moment: Moment,
+    is_async: bool,
+) -> _TaskT:
+    """Return a task that has not begun.
+
+    No ``__init__``, which Python calls at twice the cost of a function.
+
+    :param kind: its class
+    :param owner: who runs it
+    :param run_id: what tells the owner's run from others
+    :param number: what tells the task from the others of that run
+    """
+    task = _make(kind)
+    task.func = func
+    task.args = args
+    task.named_args = kwargs or None
+    task.config = config
+    name = config.name or (
+        func.__qualname__ if type(func) is FunctionType else qualified_name(func)
+    )
+    # Asked here too, as above, since it is so for nearly every task.
+    task.name = name if name.isprintable() else printable(name)
+    task.context = context
+    task.moment = moment
+    task.is_async = is_async
+    task.is_watched = False
+    task.handle = task.request_end = None
+    task._owner = owner
+    task._run_id = run_id
+    task._number = number
+    task._status = _PENDING
+    task._is_unclaimed = True
+    task._attempt = 0
+    task._rare = None
+    task._created_at = time()
+    task._begun_at = task._started = task._finished = None
     return task
 
 

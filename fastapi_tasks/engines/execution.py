@@ -33,6 +33,7 @@ from fastapi_tasks.tasks import (
     continue_at,
     current_task,
     is_over,
+    new_task,
     until_over,
 )
 
@@ -202,7 +203,8 @@ class Executor:
         )
         context = context_of(message.trace, Context())
         task = context.run(
-            lambda: JobTask(
+            lambda: new_task(
+                JobTask,
                 supervisor,
                 *key_of(job_id),
                 registered.func,
@@ -214,6 +216,8 @@ class Executor:
                 is_async(registered.func),
             )
         )
+        task.on_progress = task.next_wait = task.wait_after = None
+        task.was_cut_off = False
         continue_at(task, attempt)
         if retry is not None:
             task.wait_after = functools.partial(wait_after, retry, attempt=attempt, due=message.due)
@@ -291,11 +295,6 @@ class JobTask(Task):
     """Tells how long to wait after an error."""
     was_cut_off: bool
     """Whether it has failed since the shutdown had cancelled it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.on_progress = self.next_wait = self.wait_after = None
-        self.was_cut_off = False
 
     def set_progress(
         self, done: float, total: float | None = None, message: str | None = None

@@ -110,7 +110,7 @@ def test_a_task_makes_no_event_until_somebody_looks() -> None:
     [
         pytest.param(lambda tasks: tasks.schedule(work), 12, id="plain"),
         pytest.param(lambda tasks: tasks.schedule(work, 1), 12, id="with-an-argument"),
-        pytest.param(lambda tasks: tasks.task(shield=True).schedule(work), 22, id="shielded"),
+        pytest.param(lambda tasks: tasks.task(shield=True).schedule(work), 21, id="shielded"),
     ],
 )
 def test_a_task_enters_few_functions_of_the_package(

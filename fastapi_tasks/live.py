@@ -21,7 +21,10 @@ from .tasks import Task, TaskStatus, is_over, is_pending, record_of, settle, set
 
 _PENDING = TaskStatus.PENDING
 
-__all__ = ["LiveTasks", "OpenRequest", "give_up"]
+LOST = "the event loop was closed before the app was shut down"
+"""The reason of what becomes of tasks whose event loop is no more."""
+
+__all__ = ["LOST", "LiveTasks", "OpenRequest", "give_up"]
 
 
 class OpenRequest(Protocol):
@@ -107,21 +110,20 @@ class LiveTasks:
         """Return how many tasks there are, with those that only wait for the loop to say so."""
         return len(self._tasks)
 
-    def start(self, over: Over, task: Task) -> bool:
-        """Start a task.
+    def start(self, over: Over, task: Task) -> None:
+        """Start a task, or drop it if the event loop is closed.
 
         :param over: our own :meth:`over`, bound: once for all tasks
-        :return: whether it was started; it is not if the event loop is closed
         """
         main = self._runner.run(task)
         try:
             handle = self._spawner.spawn(main, task.name, task.context, over)
         except RuntimeError:
             main.close()
-            return False
+            give_up(task, TaskEventKind.DROPPED, LOST, self._observers, history=self._history)
+            return
         task.handle = handle
         self._tasks[handle] = task
-        return True
 
     def cancel(self, tasks: tuple[Task, ...], reason: str) -> None:
         """Cancel tasks, error handlers included.

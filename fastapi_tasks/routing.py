@@ -381,10 +381,13 @@ def _gets_connection(dependant: Dependant) -> bool:
 
 def _name_users_file(error: BaseException, endpoint: Callable[..., Any]) -> None:
     """Undo that FastAPI takes the wrapper's file for the endpoint's."""
-    if isinstance(error, ValidationException) and error.endpoint_file == __file__:
-        code = getattr(inspect.unwrap(endpoint), "__code__", None)
-        if code is not None:
-            error.endpoint_file = code.co_filename
+    code = getattr(inspect.unwrap(endpoint), "__code__", None)
+    if (
+        code is not None
+        and isinstance(error, ValidationException)
+        and error.endpoint_file == __file__
+    ):
+        error.endpoint_file = code.co_filename
 
 
 def _note_plain_route(scope: Scope) -> None:

@@ -33,7 +33,7 @@ from .errors import (
 from .history import History
 from .inbox import Inbox
 from .info import TaskInfo, key_of
-from .live import LiveTasks, OpenRequest, give_up
+from .live import LOST, LiveTasks, OpenRequest, give_up
 from .observer import Observers, TaskEvent, TaskEventKind, TaskObserver, logger
 from .runner import Runner
 from .spawn import Spawner, current_spawner
@@ -43,7 +43,6 @@ __all__ = ["RUNNING", "StandIn", "Supervisor"]
 
 _BY_USER = "its cancel() was called"
 _NOT_RUNNING = "its supervisor is not running; it does from the app's start-up to its shutdown"
-_LOST = "the event loop was closed before the app was shut down"
 
 
 # Names in place of an enum's members, which take longer to find: each task and request asks.
@@ -168,7 +167,7 @@ class Supervisor(ImmediateTasks):
         self._thread: int | None = None
         self.live: LiveTasks | None = None
         """What runs in the event loop, once the supervisor was started in one."""
-        self._start: Callable[[Task], bool] | None = None
+        self._start: Callable[[Task], None] | None = None
         self._drain: Drain | None = None
         self._is_refusing = False
         self._listeners: list[Callable[[Task], None]] = []
@@ -234,9 +233,7 @@ class Supervisor(ImmediateTasks):
             if not self._inbox.put(self._admit, task):
                 self._drop(task, self._refusal())
         elif self.state is RUNNING and task.context is not None and self._start is not None:
-            # What _admit() does with nearly every task, without a call.
-            if not self._start(task):
-                self._drop(task, _LOST)
+            self._start(task)  # as _admit() does with nearly every task, without a call
         else:
             self._admit(task)
 
@@ -588,15 +585,14 @@ class Supervisor(ImmediateTasks):
         state = self.state
         if state is RUNNING or (state is _DRAINING and task.config.shielded):
             assert self._start is not None
-            if not self._start(task):
-                self._drop(task, _LOST)
+            self._start(task)
         else:
             self._drop(task, _REFUSALS[state])
 
     def _refusal(self) -> str:
         """Return why the inbox takes nothing."""
         if self.is_running and self._spawner is not None and self._spawner.is_closed():
-            return _LOST
+            return LOST
         return _REFUSALS.get(self.state, _NOT_RUNNING)  # not there while it is being started
 
     def _drop(self, task: Task, reason: str, expected: bool = False) -> None:
@@ -638,7 +634,7 @@ class Supervisor(ImmediateTasks):
         live = self.live
         self._stop()
         assert live is not None
-        live.lose(_LOST)
+        live.lose(LOST)
         self.live = self._start = None
 
 

@@ -25,12 +25,14 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_tasks import (
+    FastAPITasksUninitializedAppError,
     NoCurrentTaskError,
     Supervisor,
     Task,
     Tasks,
     TasksRoute,
     TasksScheduler,
+    UninitializedReason,
     add_tasks,
     current_task,
     get_supervisor,
@@ -905,6 +907,23 @@ async def test_a_route_without_tasks_costs_two_frames(kind: Kind, path: str) -> 
     )
     assert in_dependency <= 1
     assert in_endpoint <= 2
+
+
+@both_kinds
+async def test_a_route_that_takes_tasks_needs_add_tasks(kind: Kind) -> None:
+    """The error says so."""
+    app = FastAPI()
+    router = APIRouter(route_class=TasksRoute)
+
+    @router.get("/books")
+    @kind
+    def endpoint(tasks: Tasks) -> None:
+        """Be never called."""
+
+    app.include_router(router)
+    with pytest.raises(FastAPITasksUninitializedAppError) as caught:
+        await request(app, "/books")
+    assert caught.value.reason is UninitializedReason.NO_ADD_TASKS
 
 
 @both_kinds

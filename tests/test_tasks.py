@@ -11,6 +11,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import anyio
@@ -22,6 +23,7 @@ import pytest
 from fastapi_tasks import (
     FastAPITasksUninitializedAppError,
     InvalidTaskError,
+    Progress,
     Supervisor,
     Task,
     TaskCancelledError,
@@ -36,6 +38,7 @@ from fastapi_tasks import (
     WrongEventLoopError,
     current_task,
 )
+from fastapi_tasks import tasks as tasks_module
 
 from .conftest import ASYNCIO_BACKENDS
 
@@ -1167,3 +1170,37 @@ async def test_a_task_that_is_dropped_as_somebody_begins_to_wait_is_over(
             assert await task.wait() is None
 
     assert task.status is TaskStatus.CANCELLED
+
+
+async def test_what_few_tasks_have_is_kept_by_the_first_who_sets_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another thread may be faster between the look and the lock, and nothing of it is lost."""
+    async with Supervisor() as supervisor:
+        task = supervisor.schedule(anyio.sleep, 0)
+
+        @contextmanager
+        def lock() -> Iterator[None]:
+            with monkeypatch.context() as patch:
+                patch.setattr(tasks_module, "_making_rare", nullcontext())
+                task.set_progress(1, 2)
+            yield
+
+        with monkeypatch.context() as patched:
+            patched.setattr(tasks_module, "_making_rare", lock())
+            task.cancel_reason = "noon"
+
+        assert task.cancel_reason == "noon"
+        assert task.progress == Progress(done=1, total=2)
+        assert not supervisor.schedule(anyio.sleep, 0).abandoned
+    assert Task.abandoned is vars(Task)["abandoned"]
+
+
+async def test_a_task_that_the_loop_has_just_claimed_is_not_given_up() -> None:
+    """Between this and its status there is nothing that a thread could wait for."""
+    async with Supervisor() as supervisor:
+        task = TasksScheduler(supervisor).after_route.schedule(anyio.sleep, 0)
+        del task._is_unclaimed
+
+        assert not tasks_module.settle_unbegun(task)
+        assert task.status is TaskStatus.PENDING

@@ -130,27 +130,6 @@ async def test_a_stream_that_breaks_off_is_known_to_a_task(app: FastAPI) -> None
     assert [type(error) for error in watch.seen] == [FerryError]
 
 
-async def test_an_exception_handler_finds_the_tasks_of_the_endpoint(app: FastAPI) -> None:
-    """Closed: what is scheduled for the endpoint's end starts at once."""
-    schedulers: list[TasksScheduler] = []
-
-    async def answer(given: Request, error: Exception) -> Response:
-        schedulers.append(await get_tasks(given))
-        return PlainTextResponse("no ferry", 503)
-
-    app.add_exception_handler(FerryError, answer)
-
-    @app.get("/")
-    async def endpoint(tasks: Tasks) -> None:
-        schedulers.append(tasks)
-        raise FerryError
-
-    async with lifespan(app):
-        assert (await request(app, "/")).status == 503
-    first, second = schedulers
-    assert first is second
-
-
 async def test_an_exception_handler_is_not_told_to_use_what_it_has(
     app: FastAPI, caplog: pytest.LogCaptureFixture
 ) -> None:

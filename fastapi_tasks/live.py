@@ -19,12 +19,12 @@ from .runner import BY_OTHERS, Runner
 from .spawn import Handle, Over, Spawner
 from .tasks import Task, TaskStatus, is_over, is_pending, record_of, settle, settle_unbegun
 
-_PENDING = TaskStatus.PENDING
+__all__ = ["LOST", "LiveTasks", "OpenRequest", "give_up"]
 
 LOST = "the event loop was closed before the app was shut down"
 """The reason of what becomes of tasks whose event loop is no more."""
 
-__all__ = ["LOST", "LiveTasks", "OpenRequest", "give_up"]
+_PENDING = TaskStatus.PENDING
 
 
 class OpenRequest(Protocol):
@@ -113,7 +113,7 @@ class LiveTasks:
     def start(self, over: Over, task: Task) -> None:
         """Start a task, or drop it if the event loop is closed.
 
-        :param over: our own :meth:`over`, bound: once for all tasks
+        :param over: our own :meth:`over`, which is bound once for all tasks
         """
         main = self._runner.run(task)
         try:

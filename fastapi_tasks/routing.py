@@ -115,6 +115,7 @@ class TasksRoute(APIRoute):
                 leave_outer_connection(scope)
             connection: Connection = scope.get(CONNECTION) or cast(Connection, Unserved())
             outer, connection.endpoint = connection.endpoint, endpoint
+            ends_at_once = is_direct and outer is None
             if not is_wrapped:
                 connection.is_exact = False
             try:
@@ -124,7 +125,7 @@ class TasksRoute(APIRoute):
                     scope[_TAKEN] = (
                         await _take_tasks(request)
                         if get_tasks in getattr(scope.get("app"), "dependency_overrides", ())
-                        else connection.take_scheduler(scope, outer is not None or not is_direct)
+                        else connection.take_scheduler(scope, not ends_at_once)
                     )
                 response = await handler(request)
                 if connection.scheduler is None:
@@ -134,17 +135,14 @@ class TasksRoute(APIRoute):
                     # returned as soon as the generator is there.
                     await connection.supervisor.turn()
                 if (
-                    is_direct
-                    and outer is None
+                    ends_at_once
                     and "after_response" not in connection.scheduler.batches
                     and type(response) in _PLAIN_RESPONSES
                     and response.background is None
                 ):
                     connection.is_closed = True  # there is nothing that an exit could tell
                 else:
-                    response = _releasing(
-                        response, connection, is_fresh, is_direct and outer is None
-                    )
+                    response = _releasing(response, connection, is_fresh, ends_at_once)
                 connection.response = None  # tasks may keep the connection for long
                 return response
             except BaseException as error:
@@ -177,18 +175,18 @@ class _AfterResponse(BackgroundTasks):
 
 
 def _releasing(
-    response: Response, connection: Connection, is_fresh: bool, is_direct: bool
+    response: Response, connection: Connection, is_fresh: bool, ends_at_once: bool
 ) -> Response:
     """Return a response whose end releases the request's tasks, whatever that end is.
 
     :param is_fresh: whether it was made for this request, unless the endpoint has returned it
-    :param is_direct: whether the exit stack is closed as soon as it was sent
+    :param ends_at_once: whether the exit stack is closed as soon as it was sent
     """
     assert connection.scheduler is not None
     connection.watch_exit()
     then = response.background
     waits = not connection.is_exact or "after_response" in connection.scheduler.batches
-    if then is None and (is_direct or not waits):
+    if then is None and (ends_at_once or not waits):
         return response
     if response is not connection.response and not (is_fresh and connection.returned):
         response = copy.copy(response)

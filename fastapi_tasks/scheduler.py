@@ -40,7 +40,8 @@ class TasksBatch(BoundTasks):
         self._config = request._config
         self._moment = moment
         self.end = request.end
-        """How the request ends, until it is over; not the request itself, which leads back here."""
+        """How the request ends; not the request itself, which leads back here. ``None`` once it has
+        ended with an error, which would lead back here too."""
         self._waiting: deque[Task] = deque()
         self._taken: Task | None = None
         self._failed: bool | None = None
@@ -152,7 +153,7 @@ class TasksScheduler(ImmediateTasks):
         self.on_late_batch: Callable[[], object] | None = None
         """Is called when tasks may come to wait though the route is over, from any thread."""
         self.end: RequestEnd | None = RequestEnd()
-        """How the request ends, until it is over."""
+        """How the request ends. ``None`` once it has ended with an error."""
         self._owes_turn = False
 
     @property

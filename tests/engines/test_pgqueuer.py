@@ -1052,6 +1052,25 @@ async def test_a_worker_begins_again_when_it_has_stopped(
         assert await over(await engine.enqueue(double, 2)) == 4
 
 
+async def test_a_worker_that_loses_its_server_at_its_end_does_not_begin_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does it say so: what that means for a job, is said of the job."""
+    began, ended = asyncio.Event(), asyncio.Event()
+
+    async def run(manager: Any, **_settings: object) -> None:
+        began.set()
+        await manager.shutdown.wait()
+        ended.set()
+        raise asyncpg.ConnectionDoesNotExistError("the server has gone away")
+
+    monkeypatch.setattr("pgqueuer.core.qm.QueueManager.run", run)
+    async with started(make(worker=True)):
+        await soon(began)
+    assert ended.is_set()
+    assert "begins again" not in caplog.text
+
+
 async def test_what_another_connection_would_not_help_is_not_repeated(dsn: str) -> None:
     """Only what is lost is, and not what is wrong."""
     connections = database.Database(dsn, size=1, timeout=5)

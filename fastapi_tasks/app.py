@@ -137,6 +137,7 @@ class TasksMiddleware:
     def __init__(self, app: ASGIApp, *, supervisor: Supervisor) -> None:
         self._app = app
         self._supervisor = supervisor
+        self._config = supervisor.settings.config
         self._noted_mounted = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -149,7 +150,7 @@ class TasksMiddleware:
         supervisor = self._supervisor
         outer: Connection | None = scope.get(CONNECTION)
         if outer is None or outer.supervisor is supervisor:
-            connection = Connection(supervisor, supervisor.settings.config)
+            connection = Connection(supervisor, self._config)
         else:
             connection = self._connect_mounted(outer)
         scope[CONNECTION] = connection
@@ -174,6 +175,13 @@ class TasksMiddleware:
                 raise
             if step == "http.response.body" and not message.get("more_body", False):
                 connection.sent = True
+                scheduler = connection.scheduler
+                if (
+                    connection.is_closed
+                    and scheduler is not None
+                    and "after_response" in scheduler.batches  # else it can wait for the close
+                ):
+                    connection.response_over()
 
         stand_in = connection.supervisor.stand_in
         if stand_in is not None:
@@ -232,7 +240,7 @@ class TasksMiddleware:
         :param outer: what the scope has from that one
         """
         self._note_mounted()
-        config = outer.config.merge(self._supervisor.settings.config)
+        config = outer.config.merge(self._config)
         return Connection(outer.supervisor, config)
 
     def _note_mounted(self) -> None:

@@ -96,8 +96,9 @@ class Connection:
         """Whether the route is done with it."""
         self._failed = False
         self._watches_exit = False
-        self._request_stack: ExitStack | None = None
-        self._token: Token[Connection | None] | None = None
+        # Those below are there when tasks were taken, and most requests take none.
+        self._request_stack: ExitStack
+        self._token: Token[Connection | None] | None
 
     def take_scheduler(self, scope: Scope, watch_exit: bool = True) -> TasksScheduler:
         """Return the scheduler, and see to it that it hears of the end of the route.
@@ -124,12 +125,13 @@ class Connection:
             supervisor.require_running()
         if self.scheduler is None and supervisor.settings.max_tasks is not None:
             supervisor.require_room()  # once: a request that was let in stays so
-        self.returned = self._failed = self.is_closed = self._watches_exit = False
+        if self._failed or self.scheduler is not None:  # there was an attempt before this one
+            self.returned = self._failed = self.is_closed = self._watches_exit = False
         self._request_stack = request_stack
         endpoint = scope.get("endpoint")
         scheduler = self.scheduler = TasksScheduler(supervisor, self.config, endpoint)
         self.end = scheduler.end
-        scheduler.on_late_batch = self._made_late
+        scheduler.request = self
         supervisor.open_requests.add(self)
         if find_current_task() is not None:
             # The request was made from within a task, and is not a part of it.
@@ -154,9 +156,7 @@ class Connection:
         else:
             self._fail(error)
         scheduler = self.scheduler
-        if scheduler is None:
-            return False
-        return scheduler.route_over(error is not None)
+        return scheduler is not None and scheduler.route_over(error is not None)
 
     def not_sent(self, error: BaseException) -> None:
         """Take note that the server has failed to send a message, though the client is there.
@@ -219,7 +219,7 @@ class Connection:
         assert self.scheduler is not None
         self.scheduler.drop_waiting(reason)
 
-    def _made_late(self) -> None:
+    def made_late(self) -> None:
         """Take note that tasks may come to wait though the endpoint is over, from any thread."""
         if self.supervisor.is_draining:
             self.end_response()  # as the drain did with the other ones

@@ -115,7 +115,7 @@ class LiveTasks:
 
         :param over: our own :meth:`over`, which is bound once for all tasks
         """
-        main = self._runner.run(task)
+        main = self._runner.run(task, over)
         try:
             handle = self._spawner.spawn(main, task.name, task.context, over)
         except RuntimeError:

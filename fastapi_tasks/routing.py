@@ -111,11 +111,13 @@ class TasksRoute(APIRoute):
         async def handle(request: Request) -> Response:
             scope = request.scope
             scope["endpoint"] = users_endpoint
-            if current_connection() is not None:
+            is_inner = current_connection() is not None
+            if is_inner:
                 leave_outer_connection(scope)
             connection: Connection = scope.get(CONNECTION) or cast(Connection, Unserved())
             outer, connection.endpoint = connection.endpoint, endpoint
-            ends_at_once = is_direct and outer is None
+            # Of an inner one, the exit stack has the last word: it leads back to the outer one.
+            ends_at_once = is_direct and outer is None and not is_inner
             if not is_wrapped:
                 connection.is_exact = False
             try:
@@ -136,11 +138,10 @@ class TasksRoute(APIRoute):
                     await connection.supervisor.turn()
                 if (
                     ends_at_once
-                    and "after_response" not in connection.scheduler.batches
                     and type(response) in _PLAIN_RESPONSES
                     and response.background is None
                 ):
-                    connection.is_closed = True  # there is nothing that an exit could tell
+                    connection.is_closed = True  # its last message tells all that an exit could
                 else:
                     response = _releasing(response, connection, is_fresh, ends_at_once)
                 connection.response = None  # tasks may keep the connection for long

@@ -34,7 +34,7 @@ from .config import in_seconds
 from .errors import TaskTimeoutError
 from .observer import Observers, TaskEvent, TaskEventKind
 from .retries import Attempts
-from .spawn import Handle, Spawner, TimeIsUpError
+from .spawn import Handle, Over, Spawner, TimeIsUpError
 from .tasks import (
     Task,
     TaskErrorHandler,
@@ -74,8 +74,12 @@ class Runner:
         self._observers = observers
         self._threads = anyio.CapacityLimiter(threads)
 
-    async def run(self, task: Task) -> None:
-        """Run a task to its end, error handler included; only ``KeyboardInterrupt`` escapes."""
+    async def run(self, task: Task, over: Over) -> None:
+        """Run a task to its end, error handler included; only ``KeyboardInterrupt`` escapes.
+
+        :param over: is called with the task's handle at the end, unless something escapes: then,
+            as if the task never runs, the loop calls it
+        """
         enter(task)
         is_plain = task.config.is_plain
         try:
@@ -103,6 +107,7 @@ class Runner:
                 # this context, which trio's threads refer to.
                 if find_current_task() is task:  # it is another's, if this is collected in one
                     enter(None)
+                handle = task.handle
                 del task
         else:
             settle(task, _SUCCEEDED, result)
@@ -110,6 +115,12 @@ class Runner:
                 self._tell(TaskEventKind.FINISHED, task)
             if not is_plain and task.strays:
                 await self._wait_for_strays(task)
+            handle = task.handle
+        if handle is not None:  # else it was forgotten before
+            # The loop would do so in its next turn, at a higher price than all that is done here.
+            over(handle)
+            self._spawner.told(handle, over)
+        del handle  # as above
 
     async def call(self, task: Task) -> Any:
         """Run a task's function again, in the caller, and return what it returns."""

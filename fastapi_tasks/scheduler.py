@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from typing import Protocol
 
 from .bound import BoundTasks, ImmediateTasks
 from .config import INHERIT_ALL, RunIf, TaskConfig
@@ -109,6 +109,14 @@ class TasksBatch(BoundTasks):
         return None
 
 
+class Request(Protocol):
+    """What a scheduler needs from the request that it belongs to."""
+
+    def made_late(self) -> None:
+        """Take note that tasks may come to wait though the route is over, from any thread."""
+        ...
+
+
 class TasksScheduler(ImmediateTasks):
     """The tasks of one request: what an endpoint's ``tasks: Tasks`` is.
 
@@ -126,7 +134,7 @@ class TasksScheduler(ImmediateTasks):
         "batches",
         "end",
         "is_over",
-        "on_late_batch",
+        "request",
     )
 
     _home: Supervisor
@@ -150,8 +158,8 @@ class TasksScheduler(ImmediateTasks):
         self._response_failed: bool | None = None
         self.is_over = False
         """Whether everything was released."""
-        self.on_late_batch: Callable[[], object] | None = None
-        """Is called when tasks may come to wait though the route is over, from any thread."""
+        self.request: Request | None = None
+        """Is told when tasks may come to wait though the route is over."""
         self.end: RequestEnd | None = RequestEnd()
         """How the request ends. ``None`` once it has ended with an error."""
         self._owes_turn = False
@@ -188,9 +196,9 @@ class TasksScheduler(ImmediateTasks):
         return batch
 
     def _made_late(self, batch: TasksBatch, failed: bool | None) -> None:
-        on_late_batch = self.on_late_batch
-        if on_late_batch is not None:
-            on_late_batch()
+        request = self.request
+        if request is not None:
+            request.made_late()
         if failed is not None:
             batch.release(failed)
 
@@ -202,25 +210,30 @@ class TasksScheduler(ImmediateTasks):
         """
         if self._route_failed is None:
             self._route_failed = failed
-        batch = self.batches.get("after_route")
+        batch = self.batches.get("after_route") if self.batches else None
         if batch is not None and batch.release(self._route_failed):
-            self._owes_turn = False
-            return True
-        return self.takes_turn()
+            self._owes_turn = True
+        if not self._owes_turn:  # as takes_turn() does, without a call
+            return False
+        self._owes_turn = False
+        return True
 
     def response_over(self, failed: bool) -> None:
         """Release the tasks that wait for the response, and those that wait for the endpoint.
 
         :param failed: whether the request went wrong anywhere
         """
-        batch = self.batches.get("after_route")
-        if self._route_failed is None or (batch is not None and batch._waiting):
+        if self._route_failed is None:
             self._owes_turn = self.route_over(failed)
         if self._response_failed is None:
             self._response_failed = failed
-        batch = self.batches.get("after_response")
-        if batch is not None and batch.release(self._response_failed):
-            self._owes_turn = True
+        if self.batches:  # looked at after the assignments, as in after_route
+            batch = self.batches.get("after_route")
+            if batch is not None and batch._waiting:
+                self._owes_turn = self.route_over(failed)
+            batch = self.batches.get("after_response")
+            if batch is not None and batch.release(self._response_failed):
+                self._owes_turn = True
         # Last: whoever interrupts it leaves the rest to the next one who calls.
         self.is_over = True
 
@@ -231,7 +244,7 @@ class TasksScheduler(ImmediateTasks):
         """
         if not self.is_over:
             self.response_over(failed)
-        self.on_late_batch = None
+        self.request = None
         if self.end is not None and self.end.error is not None:
             # Its tasks alone are to know it: it leads to the frames of the request, and those
             # lead here.

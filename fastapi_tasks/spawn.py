@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Gene
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from contextvars import Context
 from types import TracebackType, coroutine
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     import trio
@@ -27,7 +27,8 @@ Handle = Any
 """What tells a spawned task from the others; hashable."""
 
 Over = Callable[[Handle], object]
-"""Is called in the loop with the handle of each task that is over, whether it ever ran or not."""
+"""Is called in the loop with the handle of each task that is over, whether it ever ran or not; once
+or twice."""
 
 
 class TimeIsUpError(Exception):
@@ -42,6 +43,10 @@ class Spawner(Protocol):
 
     def spawn(self, main: Main, name: str, context: Context | None, over: Over) -> Handle:
         """Start a task, which takes its first step when the loop is free, not before."""
+        ...
+
+    def told(self, handle: Handle, over: Over, /) -> object:
+        """Take note that a task, which is about to end, has called ``over`` by itself."""
         ...
 
     def cancel(self, handle: Handle) -> None:
@@ -110,6 +115,9 @@ class AsyncioSpawner:
         task = asyncio.Task(main, loop=self._loop, name=name, context=context)
         task.add_done_callback(over, context=context)
         return task
+
+    # No function of ours, since each task ends with it.
+    told = staticmethod(cast(Any, asyncio.Task).remove_done_callback)
 
     def cancel(self, handle: Handle) -> None:
         handle.cancel()
@@ -245,6 +253,9 @@ class TrioSpawner:
             signal.raise_signal(signal.SIGINT)
         finally:
             over(handle)
+
+    def told(self, handle: Handle, over: Over, /) -> None:
+        return None  # to call it twice does no harm
 
     def cancel(self, handle: Handle) -> None:
         handle.scope.cancel()

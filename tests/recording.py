@@ -16,6 +16,9 @@ from fastapi_tasks import Supervisor, Task, TaskEvent, TaskEventKind, current_ta
 
 from .servers import PATIENCE
 
+START, BODY = "http.response.start", "http.response.body"
+"""The messages of a response, as a timeline has them."""
+
 
 class Observed:
     """An observer that keeps every event."""

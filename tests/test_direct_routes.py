@@ -24,7 +24,7 @@ from fastapi_tasks import (
 )
 
 from .asgi import lifespan, request
-from .recording import Timeline, idle, let_others_run, ours
+from .recording import BODY, START, Timeline, idle, let_others_run, ours
 
 
 class FerryError(Exception):
@@ -277,3 +277,33 @@ async def test_a_fastapi_that_keeps_its_dependencies_elsewhere_changes_nothing(
         await idle(get_supervisor(app))
     sent = ["http.response.start", "http.response.body"]
     assert timeline == ["returned", "after_route", *sent, "after_response"]
+
+
+async def test_what_waits_for_the_response_waits_for_no_middleware(timeline: Timeline) -> None:
+    """The server has the response: what else a middleware does has no part in it."""
+    app, noted = FastAPI(), anyio.Event()
+
+    class Lingering:
+        def __init__(self, app: ASGIApp) -> None:
+            self._app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await self._app(scope, receive, send)
+            if scope["type"] == "http":
+                with anyio.fail_after(10):
+                    await noted.wait()
+
+    app.add_middleware(Lingering)
+    add_tasks(app)
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        tasks.after_response.schedule(note)
+
+    async def note() -> None:
+        timeline.append("noted")
+        noted.set()
+
+    async with lifespan(app):
+        await request(app, "/", on_send=timeline.on_send)
+    assert timeline == [START, BODY, "noted"]

@@ -26,13 +26,12 @@ from fastapi_tasks import (
 
 from .asgi import lifespan, request
 from .endpoints import Kind, both_kinds
-from .recording import Observed, Timeline, let_others_run
+from .recording import BODY, START, Observed, Timeline, let_others_run
 
 if TYPE_CHECKING:
     from fractions import Fraction
 
 Endpoint = Callable[..., Any]
-START, BODY = "http.response.start", "http.response.body"
 
 
 def scheduling(timeline: Timeline, tasks: Any, *, path: int) -> int:
@@ -386,9 +385,9 @@ async def test_a_request_that_is_over_is_not_kept(app: FastAPI) -> None:
 
     @app.get("/")
     async def endpoint(tasks: Tasks) -> None:
-        assert tasks.on_late_batch is not None
+        assert tasks.request is not None
         seen.append(tasks)
-        told.append(tasks.on_late_batch)
+        told.append(tasks.request.made_late)
 
     async with lifespan(app):
         await request(app, "/")

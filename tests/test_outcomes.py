@@ -30,9 +30,7 @@ from fastapi_tasks import (
 
 from .asgi import lifespan, request
 from .endpoints import AddStream, Kind, both_kinds, every_stream, returned_stream
-from .recording import Observed, Timeline, let_others_run
-
-START, BODY = "http.response.start", "http.response.body"
+from .recording import BODY, START, Observed, Timeline, let_others_run
 
 RUN_IF: tuple[Literal["success", "error", "always"], ...] = ("success", "error", "always")
 

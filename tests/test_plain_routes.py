@@ -29,9 +29,7 @@ from fastapi_tasks import Task, TaskConfig, Tasks, TasksRoute, TasksScheduler, T
 
 from .asgi import lifespan, request
 from .endpoints import Kind, both_kinds
-from .recording import Observed, Timeline, let_others_run
-
-START, BODY = "http.response.start", "http.response.body"
+from .recording import BODY, START, Observed, Timeline, let_others_run
 
 RUN_IF: tuple[Literal["success", "error", "always"], ...] = ("success", "error", "always")
 

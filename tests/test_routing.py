@@ -41,9 +41,7 @@ from fastapi_tasks import (
 
 from .asgi import lifespan, request
 from .endpoints import Kind, both_kinds
-from .recording import Observed, Timeline, let_others_run
-
-START, BODY = "http.response.start", "http.response.body"
+from .recording import BODY, START, Observed, Timeline, let_others_run
 
 Endpoint = Callable[..., Any]
 

@@ -184,6 +184,26 @@ async def test_a_request_that_is_served_twice_has_its_moments_twice(timeline: Ti
     assert timeline == ["returned", "after_route"] * 2
 
 
+async def test_a_request_that_is_served_again_has_no_response_yet(timeline: Timeline) -> None:
+    """A shutdown that asks for that, in the middle of the endpoint, gets no answer from before."""
+    app = FastAPI()
+    app.add_middleware(Twice)
+    add_tasks(app)
+
+    @app.get("/")
+    async def endpoint(tasks: Tasks) -> None:
+        tasks.after_response.schedule(timeline.note, "after_response")
+        live = get_supervisor(app).live
+        assert live is not None
+        live.end_responses()
+        await let_others_run()
+        timeline.append("returned")
+
+    async with lifespan(app):
+        await request(app, "/")
+    assert timeline == ["returned", "after_response"] * 2
+
+
 async def test_an_endpoint_may_have_another_one_answer_in_its_place(
     app: FastAPI, timeline: Timeline
 ) -> None:

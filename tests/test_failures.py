@@ -12,6 +12,7 @@ import traceback
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import anyio
@@ -153,6 +154,32 @@ async def test_a_failed_task_is_forgotten_without_the_garbage_collector(
             await idle(supervisor)
             await anyio.wait_all_tasks_blocked()
             assert task() is None
+        finally:
+            gc.enable()
+
+
+async def test_an_error_keeps_nothing_of_what_its_task_has_run_in() -> None:
+    """Somebody may keep it for long, and a context can hold much."""
+
+    class Cargo:
+        """What a request has put into its context."""
+
+    def schedule() -> Task:
+        cargo = Cargo()
+        in_context.append(weakref.ref(cargo))
+        hold.set(cargo)
+        return supervisor.schedule(leak)
+
+    hold: ContextVar[Cargo] = ContextVar("hold")
+    in_context: list[weakref.ref[Cargo]] = []
+    async with Supervisor() as supervisor:
+        gc.disable()
+        try:
+            task = copy_context().run(schedule)
+            await idle(supervisor)
+            await anyio.wait_all_tasks_blocked()
+            assert task.exception() is not None
+            assert [cargo() for cargo in in_context] == [None]
         finally:
             gc.enable()
 

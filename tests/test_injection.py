@@ -394,4 +394,5 @@ async def test_a_request_that_is_over_is_not_kept(app: FastAPI) -> None:
         (tasks,), (tell,) = seen, told
         tell()
         assert get_supervisor(app).open_requests == set()
+        assert tasks.request is None
         assert await tasks.after_response.schedule(anyio.sleep, 0).wait() is None

@@ -98,6 +98,38 @@ async def test_a_task_knows_the_moment_that_it_was_scheduled_for(
     assert supervisor.schedule(let_others_run).moment == "now"
 
 
+async def test_what_an_interrupt_has_left_waiting_starts_with_the_response(
+    timeline: Timeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes next starts the rest."""
+
+    def submit(self: Supervisor, task: Task) -> None:
+        monkeypatch.undo()
+        self.submit(task)
+        raise KeyboardInterrupt
+
+    async with Supervisor(grace=10) as supervisor:
+        tasks = TasksScheduler(supervisor)
+        for name in ("first", "second"):
+            tasks.after_route.schedule(timeline.note, name)
+        monkeypatch.setattr(Supervisor, "submit", submit)
+        with pytest.raises(KeyboardInterrupt):
+            tasks.route_over(failed=False)
+        tasks.response_over(failed=True)
+    assert sorted(timeline) == ["first", "second"]  # on trio in any order
+
+
+async def test_a_turn_of_the_loop_is_owed_once() -> None:
+    """To what was started since the last one."""
+    async with Supervisor() as supervisor:
+        tasks = TasksScheduler(supervisor)
+        tasks.schedule(let_others_run)
+        assert [tasks.route_over(failed=False), tasks.takes_turn()] == [True, False]
+        tasks.after_response.schedule(let_others_run)
+        tasks.response_over(failed=False)
+        assert [tasks.takes_turn(), tasks.takes_turn()] == [True, False]
+
+
 async def test_an_immediate_task_runs_beside_an_endpoint_in_a_thread(app: FastAPI) -> None:
     """The same from a thread, while the event loop is free."""
 

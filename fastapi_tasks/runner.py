@@ -117,7 +117,7 @@ class Runner:
                 await self._wait_for_strays(task)
             handle = task.handle
         if handle is not None:  # else it was forgotten before
-            # The loop would do so in its next turn, at a higher price than all that is done here.
+            # The loop would do so in its next turn, for half the price of a task.
             over(handle)
             self._spawner.told(handle, over)
         del handle  # as above

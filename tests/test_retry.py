@@ -9,7 +9,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 import traceback
 import types
 import weakref
@@ -51,7 +50,7 @@ from .clocks import (
     on_fake_clocks,  # noqa: F401 - it is this module's anyio_backend
 )
 from .conftest import on_real_clocks
-from .recording import Observed, collect_within_a_task, idle, let_others_run, ours
+from .recording import Observed, collect_within_a_task, idle, let_others_run, ours, until
 from .servers import PATIENCE, unmeasured
 
 
@@ -1133,10 +1132,7 @@ async def test_a_task_is_forgotten_without_the_garbage_collector(
             task = weakref.ref(supervisor.task(retry=retry).schedule(function))
             await ended.wait()
             await idle(supervisor)
-            patience = time.monotonic() + PATIENCE
-            while task() is not None:  # a thread lets go of its call after it has ended
-                assert time.monotonic() < patience
-                await anyio.lowlevel.checkpoint()
+            await until(lambda: task() is None)  # a thread lets go of its call after it has ended
             assert [secret() for secret in secrets] == [None] * len(secrets)
         finally:
             gc.enable()
